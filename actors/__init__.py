@@ -1,0 +1,1 @@
+"""Where computation runs: the only package that calls Ray."""

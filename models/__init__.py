@@ -1,0 +1,1 @@
+"""All mathematics, on arrays and tensors; imports nothing of the service."""

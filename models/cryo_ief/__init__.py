@@ -1,0 +1,1 @@
+"""The Cryo-IEF vision transformer: model, layouts, preprocessing, export."""

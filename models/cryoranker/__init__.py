@@ -1,0 +1,1 @@
+"""CryoRanker: losses, training and the shipped default model."""

@@ -1,0 +1,1 @@
+"""Movie alignment and dose-weighted sums."""

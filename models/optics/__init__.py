@@ -1,0 +1,1 @@
+"""Contrast transfer, dose and the electron wavelength."""

@@ -1,0 +1,1 @@
+"""Initial model, refinement and orientation diagnostics."""

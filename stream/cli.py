@@ -1,0 +1,36 @@
+"""The command `icestream`: exit code 0 = done, 1 = failed, 2 = usage or configuration."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from stream.commands import REGISTERS
+from stream.commands.common import console
+from stream.records.errors import ConfigurationError, IcestreamError
+
+app = typer.Typer(
+    name="icestream",
+    help="Streaming service for live cryo-EM single-particle sessions.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+for _register in REGISTERS:
+    _register(app)
+
+
+def main() -> None:
+    """Run the command line; our own errors become one line on stderr."""
+    try:
+        app()
+    except ConfigurationError as error:
+        console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except IcestreamError as error:
+        console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,21 @@
+"""The subcommands of `icestream`, one module each; every module has `register(app)`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+
+import typer
+
+COMMAND_MODULES = (
+    "demo", "simulate", "run", "status", "preprocess", "score", "reconstruct", "export", "train", "bench",
+)  # fmt: skip
+
+
+def _register_of(module: str) -> Callable[[typer.Typer], None]:
+    register: Callable[[typer.Typer], None] = import_module(f"stream.commands.{module}").register
+    return register
+
+
+REGISTERS = [_register_of(name) for name in COMMAND_MODULES if find_spec(f"stream.commands.{name}")]

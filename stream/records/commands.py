@@ -1,0 +1,50 @@
+"""Commands: what the controller wants done; each is answered by exactly one event."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stream.records.values import Exposure, ExposureId, HalfSet, PreprocessResult, RunId, RunRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preprocess:
+    """Take one exposure from its file to extracted particles."""
+
+    exposure: Exposure
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rank:
+    """Score one exposure's particles."""
+
+    exposure_id: ExposureId
+    name: str
+    preprocessed: PreprocessResult
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunMember:
+    """One exposure's share in a run."""
+
+    exposure_id: ExposureId
+    name: str
+    half_set: HalfSet
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartRun:
+    """Run the engine on the particles above the threshold of these exposures."""
+
+    request: RunRequest
+    members: tuple[RunMember, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CancelRun:
+    """Give up a run; answered by RunFailed."""
+
+    run_id: RunId
+
+
+Command = Preprocess | Rank | StartRun | CancelRun

@@ -1,0 +1,121 @@
+"""Events: everything that happened, in the order in which it was committed.
+
+Every event carries its time (`at`, seconds since the epoch). State is derived from events and from nothing
+else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stream.records.values import (
+    Exposure,
+    ExposureId,
+    FailureKind,
+    FileIdentity,
+    PreprocessResult,
+    RankResult,
+    RunId,
+    RunResult,
+    Stage,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionOpened:
+    """The service started (again) on this output folder; whatever was in work is issued anew."""
+
+    at: float
+    settings_digest: str
+    version: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExposureFound:
+    """A file settled, opened and was valid."""
+
+    at: float
+    exposure: Exposure
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileRejected:
+    """A file was found but is not a valid input; it waits in quarantine until it changes."""
+
+    at: float
+    exposure_id: ExposureId
+    name: str
+    file: FileIdentity
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExposurePreprocessed:
+    """Preprocessing ended well."""
+
+    at: float
+    result: PreprocessResult
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExposureRanked:
+    """Every particle of the exposure has a score and a feature in the cache."""
+
+    at: float
+    result: RankResult
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageFailed:
+    """A stage failed for one exposure."""
+
+    at: float
+    exposure_id: ExposureId
+    stage: Stage
+    kind: FailureKind
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunEnded:
+    """An engine run ended with a result."""
+
+    at: float
+    result: RunResult
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFailed:
+    """An engine run failed."""
+
+    at: float
+    run_id: RunId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InputEnded:
+    """No more input will come: the last run may use everything."""
+
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrainRequested:
+    """The operator asked the service to stop: finish what is in work, start nothing new."""
+
+    at: float
+
+
+Event = (
+    SessionOpened
+    | ExposureFound
+    | FileRejected
+    | ExposurePreprocessed
+    | ExposureRanked
+    | StageFailed
+    | RunEnded
+    | RunFailed
+    | InputEnded
+    | DrainRequested
+)

@@ -1,0 +1,186 @@
+"""Frozen values that travel between the stages.
+
+Units are in the names: Å, degrees, kV, mm, seconds; RELION's conventions throughout. Paths are absolute for
+inputs and relative to the output folder for everything that icestream wrote itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal, NewType
+
+ExposureId = NewType("ExposureId", str)
+RunId = NewType("RunId", str)
+HalfSet = Literal[1, 2]
+
+
+class InputKind(Enum):
+    """What an input file holds."""
+
+    MOVIE = "movie"
+    MICROGRAPH = "micrograph"
+    PARTICLES = "particles"
+
+
+class Stage(Enum):
+    """One step of an exposure's way."""
+
+    PREPROCESS = "preprocess"
+    RANK = "rank"
+
+
+class FailureKind(Enum):
+    """Who owns a failure: the input (quarantine) or the machine (try again)."""
+
+    INPUT = "input"
+    RESOURCE = "resource"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileIdentity:
+    """Identity of a file on disk: never its name alone.
+
+    `fingerprint` is a blake2b hex digest of the first and last 64 KiB and the size, taken at first read.
+    """
+
+    path: str
+    size_bytes: int
+    mtime_ns: int
+    inode: int
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Optics:
+    """The microscope's constants for one optics group; amplitude contrast is a fraction."""
+
+    voltage_kv: float
+    cs_mm: float
+    amplitude_contrast: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AcquisitionMetadata:
+    """What the microscope's own files (EPU XML, SerialEM mdoc) and the header say; None = not said."""
+
+    pixel_size_angstrom: float | None = None
+    dose_e_per_angstrom2: float | None = None
+    voltage_kv: float | None = None
+    beam_shift_group: str | None = None
+    acquired_at: str | None = None
+    source: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exposure:
+    """One shot at one position: the identity of all that follows.
+
+    `name` is unique in the session and names every output file. `shape_yx` and `n_frames` are of the file
+    (`n_frames` is 1 for a micrograph; for particles, the number of images and their box). `micrograph_name`
+    is set when the exposure is one micrograph's share of a particle file.
+    """
+
+    exposure_id: ExposureId
+    name: str
+    kind: InputKind
+    file: FileIdentity
+    n_frames: int
+    shape_yx: tuple[int, int]
+    metadata: AcquisitionMetadata
+    micrograph_name: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CtfFit:
+    """A CTF fit: underfocus positive, u ≥ v, angle from x to u; `is_reliable` is False when no rings were found."""
+
+    defocus_u_angstrom: float
+    defocus_v_angstrom: float
+    astigmatism_angle_deg: float
+    phase_shift_deg: float
+    fit_resolution_angstrom: float
+    score: float
+    is_reliable: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MotionSummary:
+    """Path length of the whole-frame trajectory: in all, over the first 4 e/Å², and over the rest."""
+
+    total_motion_angstrom: float
+    early_motion_angstrom: float
+    late_motion_angstrom: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreprocessResult:
+    """What preprocessing made of one exposure; paths are relative to the output folder, None = not made."""
+
+    exposure_id: ExposureId
+    micrograph: str | None
+    thumbnail: str | None
+    particles: str | None
+    n_picks: int
+    n_particles: int
+    n_excluded_particles: int
+    box_size_px: int
+    pixel_size_angstrom: float
+    motion: MotionSummary | None
+    ctf: CtfFit | None
+    ice_ratio: float | None
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankResult:
+    """What the ranker made of one exposure's particles.
+
+    `score_histogram` has 100 equal bins over [0, 1]; `n_scored + n_excluded` is the number given.
+    """
+
+    exposure_id: ExposureId
+    model_hash: str
+    n_scored: int
+    n_excluded: int
+    n_cache_hits: int
+    score_histogram: tuple[int, ...]
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRequest:
+    """An engine run that the controller asks for.
+
+    `n_particles` is the number above `score_threshold` when the run was decided; `warm_start` names the run
+    whose map and poses to start from, None = from nothing.
+    """
+
+    run_id: RunId
+    n_particles: int
+    score_threshold: float
+    model_hash: str
+    warm_start: RunId | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunResult:
+    """What an engine run gave, the same record for every engine; None = could not be determined.
+
+    `resolution_angstrom` is where the corrected half-map FSC crosses 0.143. `folder` is relative to the
+    output folder and holds map.mrc half1.mrc half2.mrc mask.mrc fsc.star poses.star orientation.json.
+    """
+
+    run_id: RunId
+    engine: str
+    n_particles: int
+    symmetry: str
+    resolution_angstrom: float | None
+    cfar: float | None
+    cfar_null: float | None
+    scf_star: float | None
+    is_accepted: bool
+    note: str
+    folder: str
+    seconds: dict[str, float]

@@ -1,0 +1,1 @@
+"""Exports: RELION STAR, CryoSPARC .cs, pictures, reports."""

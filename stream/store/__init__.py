@@ -1,0 +1,1 @@
+"""The journal, the feature cache and the output folder."""

@@ -1,0 +1,80 @@
+"""The output folder: where each file lies. The names are a contract (README, "The output folder")."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from stream.records.values import RunId
+
+
+@dataclass(frozen=True, slots=True)
+class OutputLayout:
+    """Paths below one output folder; `name` is the exposure's unique name."""
+
+    root: Path
+
+    @property
+    def session(self) -> Path:
+        """The configuration as used."""
+        return self.root / "session.yaml"
+
+    @property
+    def journal(self) -> Path:
+        """Every event: the only truth."""
+        return self.root / "journal.sqlite"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the one service that writes here."""
+        return self.root / ".icestream.lock"
+
+    @property
+    def features(self) -> Path:
+        """The feature cache."""
+        return self.root / "features"
+
+    @property
+    def exports(self) -> Path:
+        """STAR and .cs exports."""
+        return self.root / "export"
+
+    def micrograph(self, name: str) -> Path:
+        """The aligned, dose-weighted micrograph."""
+        return self.root / "micrographs" / f"{name}.mrc"
+
+    def thumbnail(self, name: str) -> Path:
+        """The micrograph's picture with its picks."""
+        return self.root / "micrographs" / f"{name}.png"
+
+    def motion(self, name: str) -> Path:
+        """RELION trajectories."""
+        return self.root / "motion" / f"{name}.star"
+
+    def ctf_picture(self, name: str) -> Path:
+        """Spectrum with its fit."""
+        return self.root / "ctf" / f"{name}.png"
+
+    def ctf_values(self, name: str) -> Path:
+        """The fit as JSON."""
+        return self.root / "ctf" / f"{name}.json"
+
+    def picks(self, name: str) -> Path:
+        """Coordinates in pixels of the micrograph."""
+        return self.root / "picks" / f"{name}.star"
+
+    def particles(self, name: str) -> Path:
+        """The extracted stack."""
+        return self.root / "particles" / f"{name}.mrcs"
+
+    def particles_table(self, name: str) -> Path:
+        """One row per image of the stack: uid, coordinates, CTF."""
+        return self.root / "particles" / f"{name}.star"
+
+    def run(self, run_id: RunId) -> Path:
+        """The folder of one engine run."""
+        return self.root / "runs" / run_id
+
+    def relative(self, path: Path) -> str:
+        """Return `path` relative to the output folder, with forward slashes."""
+        return path.relative_to(self.root).as_posix()
