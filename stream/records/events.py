@@ -94,6 +94,15 @@ class RunFailed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DiskSpaceChanged:
+    """Free space fell below the reserve, or came back above it."""
+
+    at: float
+    is_low: bool
+    free_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class InputEnded:
     """No more input will come: the last run may use everything."""
 
@@ -116,6 +125,7 @@ Event = (
     | StageFailed
     | RunEnded
     | RunFailed
+    | DiskSpaceChanged
     | InputEnded
     | DrainRequested
 )

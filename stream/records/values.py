@@ -93,7 +93,10 @@ class Exposure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CtfFit:
-    """A CTF fit: underfocus positive, u ≥ v, angle from x to u; `is_reliable` is False when no rings were found."""
+    """A CTF fit: underfocus positive, u ≥ v, angle from x to u.
+
+    `is_reliable` is False when no rings were found; the numbers then mean nothing.
+    """
 
     defocus_u_angstrom: float
     defocus_v_angstrom: float
@@ -180,7 +183,6 @@ class RunResult:
     cfar: float | None
     cfar_null: float | None
     scf_star: float | None
-    is_accepted: bool
     note: str
     folder: str
     seconds: dict[str, float]

@@ -1,0 +1,72 @@
+"""Life of an exposure: where each one is, and which moves are legal.
+
+waiting ──▶ in work ──▶ waiting (next stage) ──▶ … ──▶ done
+▲           │  └────────▶ rejected (a quality limit)
+└───────────┴───────────▶ quarantined (bad input, or a stage that failed too often)
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass
+from enum import Enum
+
+from stream.records.errors import InvariantError
+from stream.records.values import Exposure, ExposureId, FileIdentity, HalfSet, PreprocessResult, Stage
+
+
+class ExposureState(Enum):
+    """Where an exposure is; each is in exactly one state."""
+
+    WAITING = "waiting"
+    IN_WORK = "in_work"
+    DONE = "done"
+    REJECTED = "rejected"
+    QUARANTINED = "quarantined"
+
+
+LEGAL_MOVES: dict[ExposureState, frozenset[ExposureState]] = {
+    ExposureState.WAITING: frozenset({ExposureState.IN_WORK, ExposureState.QUARANTINED}),
+    ExposureState.IN_WORK: frozenset(
+        {ExposureState.WAITING, ExposureState.DONE, ExposureState.REJECTED, ExposureState.QUARANTINED}
+    ),
+    ExposureState.DONE: frozenset({ExposureState.WAITING}),
+    ExposureState.REJECTED: frozenset({ExposureState.WAITING}),
+    ExposureState.QUARANTINED: frozenset({ExposureState.WAITING, ExposureState.QUARANTINED}),
+}
+
+
+@dataclass(slots=True, kw_only=True)
+class ExposureRecord:
+    """What the controller knows of one exposure.
+
+    `preprocessed` is dropped once it is ranked; `file_in_work` is the version of the file that preprocessing
+    was given.
+    """
+
+    exposure_id: ExposureId
+    name: str
+    file: FileIdentity
+    exposure: Exposure | None
+    state: ExposureState
+    file_in_work: FileIdentity | None = None
+    stage: Stage = Stage.PREPROCESS
+    attempts: int = 0
+    reason: str = ""
+    half_set: HalfSet | None = None
+    preprocessed: PreprocessResult | None = None
+    n_particles: int = 0
+    n_excluded: int = 0
+    n_unscored: int = 0
+    model_hash: str = ""
+    score_histogram: array[int] | None = None
+    pixel_size_angstrom: float | None = None
+
+    def move(self, target: ExposureState, reason: str = "") -> None:
+        """Change state, or raise with the item's story when the move is not legal."""
+        if target not in LEGAL_MOVES[self.state]:
+            raise InvariantError(
+                self.name, f"an exposure that is {self.state.value} cannot become {target.value}", self.reason
+            )
+        self.state = target
+        self.reason = reason

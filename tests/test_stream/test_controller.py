@@ -1,0 +1,408 @@
+"""The controller as a function of events: command lists compared whole, invariants over random histories."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
+
+from stream.control.controller import Controller
+from stream.control.exposures import ExposureState
+from stream.control.runs import RunState
+from stream.control.settings import ControllerSettings
+from stream.records.commands import Preprocess, Rank, StartRun
+from stream.records.errors import InvariantError
+from stream.records.events import (
+    DiskSpaceChanged,
+    DrainRequested,
+    Event,
+    ExposureFound,
+    ExposurePreprocessed,
+    ExposureRanked,
+    FileRejected,
+    InputEnded,
+    RunEnded,
+    RunFailed,
+    SessionOpened,
+    StageFailed,
+)
+from stream.records.values import (
+    AcquisitionMetadata,
+    Exposure,
+    ExposureId,
+    FailureKind,
+    FileIdentity,
+    InputKind,
+    PreprocessResult,
+    RankResult,
+    RunId,
+    RunResult,
+    Stage,
+)
+
+SETTINGS = ControllerSettings(
+    first_run_particles=100,
+    growth_factor=1.5,
+    final_run_min_particles=50,
+    max_in_flight_preprocess=2,
+    max_in_flight_rank=2,
+)
+
+
+def make_file(name: str, version: int = 0) -> FileIdentity:
+    return FileIdentity(
+        path=f"/in/{name}", size_bytes=10, mtime_ns=version, inode=1, fingerprint=f"{name}{version}"
+    )
+
+
+def make_exposure(name: str, version: int = 0) -> Exposure:
+    return Exposure(
+        exposure_id=ExposureId(name),
+        name=name,
+        kind=InputKind.MOVIE,
+        file=make_file(name, version),
+        n_frames=4,
+        shape_yx=(8, 8),
+        metadata=AcquisitionMetadata(),
+    )
+
+
+def found(name: str, version: int = 0) -> ExposureFound:
+    return ExposureFound(at=0.0, exposure=make_exposure(name, version))
+
+
+def preprocessed(name: str, n_particles: int = 60) -> ExposurePreprocessed:
+    result = PreprocessResult(
+        exposure_id=ExposureId(name),
+        micrograph=f"micrographs/{name}.mrc",
+        thumbnail=None,
+        particles=f"particles/{name}.mrcs" if n_particles else None,
+        n_picks=n_particles,
+        n_particles=n_particles,
+        n_excluded_particles=0,
+        box_size_px=32,
+        pixel_size_angstrom=2.0,
+        motion=None,
+        ctf=None,
+        ice_ratio=None,
+        seconds={},
+    )
+    return ExposurePreprocessed(at=1.0, result=result)
+
+
+def ranked(name: str, n_good: int = 60, n_bad: int = 0) -> ExposureRanked:
+    histogram = [0] * 100
+    histogram[80], histogram[10] = n_good, n_bad
+    result = RankResult(
+        exposure_id=ExposureId(name),
+        model_hash="m",
+        n_scored=n_good + n_bad,
+        n_excluded=0,
+        n_cache_hits=0,
+        score_histogram=tuple(histogram),
+        seconds={},
+    )
+    return ExposureRanked(at=2.0, result=result)
+
+
+def run_result(
+    run_id: str, *, resolution: float | None = 8.0, cfar: float | None = 0.6, n: int = 100
+) -> RunResult:
+    return RunResult(
+        run_id=RunId(run_id),
+        engine="embedded",
+        n_particles=n,
+        symmetry="C1",
+        resolution_angstrom=resolution,
+        cfar=cfar,
+        cfar_null=0.6,
+        scf_star=0.9,
+        note="",
+        folder=f"runs/{run_id}",
+        seconds={},
+    )
+
+
+def play(controller: Controller, *events: Event) -> list[object]:
+    commands: list[object] = []
+    for event in events:
+        commands = list(controller.handle(event))
+        controller.check_invariants()
+    return commands
+
+
+def rank_one(controller: Controller, name: str, n_good: int) -> list[object]:
+    return play(controller, found(name), preprocessed(name, n_good), ranked(name, n_good))
+
+
+def test_a_found_movie_is_preprocessed_then_ranked_then_done() -> None:
+    controller = Controller(SETTINGS)
+    assert play(controller, found("a")) == [Preprocess(exposure=make_exposure("a"))]
+    commands = play(controller, preprocessed("a"))
+    assert commands == [Rank(exposure_id=ExposureId("a"), name="a", preprocessed=preprocessed("a").result)]
+    assert play(controller, ranked("a")) == []
+    assert controller.n_by_state[ExposureState.DONE] == 1
+    assert controller.n_above_threshold == 60
+
+
+def test_a_stage_never_holds_more_than_its_cap() -> None:
+    controller = Controller(SETTINGS)
+    commands = [len(play(controller, found(name))) for name in "abcd"]
+    assert commands == [1, 1, 0, 0]
+    first = [c.exposure.name for c in play(controller, preprocessed("a", 0)) if isinstance(c, Preprocess)]
+    assert first == ["c"]
+
+
+def test_bad_input_is_quarantined_and_the_stream_goes_on() -> None:
+    controller = Controller(SETTINGS)
+    play(controller, found("a"), found("b"), found("c"))
+    failure = StageFailed(
+        at=1.0,
+        exposure_id=ExposureId("a"),
+        stage=Stage.PREPROCESS,
+        kind=FailureKind.INPUT,
+        reason="a.tif: truncated",
+    )
+    commands = play(controller, failure)
+    assert commands == [Preprocess(exposure=make_exposure("c"))]
+    assert controller.exposures[ExposureId("a")].state is ExposureState.QUARANTINED
+    assert controller.exposures[ExposureId("a")].reason == "a.tif: truncated"
+
+
+def test_a_quarantined_movie_is_taken_again_when_its_file_changes() -> None:
+    controller = Controller(SETTINGS)
+    rejected = FileRejected(
+        at=0.0, exposure_id=ExposureId("a"), name="a", file=make_file("a"), reason="empty"
+    )
+    assert play(controller, rejected) == []
+    assert play(controller, found("a", 1)) == [Preprocess(exposure=make_exposure("a", 1))]
+
+
+def test_a_movie_that_changes_while_in_work_is_taken_again_and_counted_once() -> None:
+    controller = Controller(SETTINGS)
+    play(controller, found("a"))
+    assert play(controller, found("a", 1)) == []
+    assert play(controller, preprocessed("a")) == [Preprocess(exposure=make_exposure("a", 1))]
+    assert play(controller, preprocessed("a"))
+    assert sum(controller.n_by_state.values()) == 1
+
+
+def test_a_worker_that_dies_is_tried_again_and_a_poisonous_movie_is_quarantined() -> None:
+    controller = Controller(SETTINGS)
+    play(controller, found("a"))
+    death = StageFailed(
+        at=1.0,
+        exposure_id=ExposureId("a"),
+        stage=Stage.PREPROCESS,
+        kind=FailureKind.RESOURCE,
+        reason="worker died",
+    )
+    again = [Preprocess(exposure=make_exposure("a"))]
+    assert play(controller, death) == again
+    assert play(controller, death) == again
+    assert play(controller, death) == []
+    assert "failed 3 times" in controller.exposures[ExposureId("a")].reason
+
+
+def test_a_run_starts_at_the_first_rung_and_again_when_the_count_has_grown() -> None:
+    controller = Controller(SETTINGS)
+    assert rank_one(controller, "a", 60) == []
+    (first,) = rank_one(controller, "b", 60)
+    assert isinstance(first, StartRun)
+    assert (first.request.run_id, first.request.n_particles, first.request.warm_start) == (
+        "run001",
+        120,
+        None,
+    )
+    assert [(m.name, m.half_set) for m in first.members] == [("a", 1), ("b", 2)]
+    play(controller, RunEnded(at=3.0, result=run_result("run001", n=120)))
+    assert rank_one(controller, "c", 50) == []
+    (second,) = rank_one(controller, "d", 50)
+    assert isinstance(second, StartRun)
+    assert second.request.warm_start == "run001"
+    assert "1.83 times" in second.request.reason
+
+
+def test_a_newer_run_supersedes_a_queued_one_and_leaves_the_running_one() -> None:
+    controller = Controller(SETTINGS)
+    for name, n in (("a", 100), ("b", 60), ("c", 100)):
+        rank_one(controller, name, n)
+    states = {run_id: record.state for run_id, record in controller.runs.items()}
+    assert states == {"run001": RunState.RUNNING, "run002": RunState.SUPERSEDED, "run003": RunState.QUEUED}
+    (started,) = play(controller, RunEnded(at=3.0, result=run_result("run001")))
+    assert isinstance(started, StartRun)
+    assert started.request.run_id == "run003"
+
+
+def test_a_map_with_low_cfar_is_kept_but_not_accepted() -> None:
+    controller = Controller(SETTINGS)
+    rank_one(controller, "a", 100)
+    play(controller, RunEnded(at=3.0, result=run_result("run001", resolution=6.0, cfar=0.05)))
+    assert controller.best_run is None
+    assert "preferred orientation" in controller.runs[RunId("run001")].verdict
+
+
+def test_the_last_run_uses_everything_when_input_has_ended() -> None:
+    controller = Controller(SETTINGS)
+    rank_one(controller, "a", 60)
+    (last,) = play(controller, InputEnded(at=5.0))
+    assert isinstance(last, StartRun)
+    assert "no more input" in last.request.reason
+    assert not controller.is_finished
+    play(controller, RunEnded(at=6.0, result=run_result("run001", n=60)))
+    assert controller.is_finished
+
+
+def test_a_failed_last_run_does_not_start_for_ever() -> None:
+    controller = Controller(SETTINGS)
+    rank_one(controller, "a", 60)
+    play(controller, InputEnded(at=5.0))
+    assert play(controller, RunFailed(at=6.0, run_id=RunId("run001"), reason="engine died")) == []
+    assert controller.is_finished
+
+
+def test_half_sets_are_balanced_and_never_change() -> None:
+    controller = Controller(replace(SETTINGS, runs_enabled=False))
+    for name, n in (("a", 100), ("b", 10), ("c", 20), ("d", 30)):
+        rank_one(controller, name, n)
+    halves = {r.name: r.half_set for r in controller.exposures.values()}
+    assert halves == {"a": 1, "b": 2, "c": 2, "d": 2}
+    play(controller, found("a", 1), preprocessed("a", 5))
+    assert controller.exposures[ExposureId("a")].half_set == 1
+
+
+def test_nothing_new_starts_while_draining_or_while_the_disk_is_full() -> None:
+    controller = Controller(SETTINGS)
+    play(controller, DiskSpaceChanged(at=0.0, is_low=True, free_bytes=1))
+    assert play(controller, found("a")) == []
+    assert len(play(controller, DiskSpaceChanged(at=1.0, is_low=False, free_bytes=10**10))) == 1
+    play(controller, DrainRequested(at=2.0))
+    assert play(controller, found("b")) == []
+
+
+def test_a_restart_issues_again_what_had_no_outcome_and_the_same_run() -> None:
+    events: list[Event] = [
+        found("a"),
+        preprocessed("a", 100),
+        ranked("a", 100),
+        found("b"),
+        preprocessed("b"),
+        found("c"),
+    ]
+    before = Controller(SETTINGS)
+    play(before, *events)
+    after = Controller(SETTINGS)
+    play(after, *events)
+    commands = play(after, SessionOpened(at=9.0, settings_digest="", version=""))
+    kinds = [type(c).__name__ for c in commands]
+    assert kinds == ["StartRun", "Rank", "Preprocess"]
+    assert before.runs == after.runs
+
+
+def test_limits_on_quality_reject_with_the_value_and_the_rule() -> None:
+    controller = Controller(replace(SETTINGS, max_total_motion_angstrom=5.0))
+    play(controller, found("a"))
+    from stream.records.values import MotionSummary
+
+    motion = MotionSummary(total_motion_angstrom=9.0, early_motion_angstrom=5.0, late_motion_angstrom=4.0)
+    event = preprocessed("a")
+    play(controller, replace(event, result=replace(event.result, motion=motion)))
+    record = controller.exposures[ExposureId("a")]
+    assert record.state is ExposureState.REJECTED
+    assert "9.0 Å" in record.reason
+    assert "5.0 Å" in record.reason
+
+
+def test_an_illegal_move_tells_the_items_story() -> None:
+    controller = Controller(SETTINGS)
+    rank_one(controller, "a", 10)
+    with pytest.raises(InvariantError, match="done cannot become quarantined"):
+        controller.exposures[ExposureId("a")].move(ExposureState.QUARANTINED)
+
+
+class AnyHistory(RuleBasedStateMachine):
+    """Arrivals, outcomes, late and double outcomes, changes, restarts and runs in any order."""
+
+    names = Bundle("names")
+
+    @initialize()
+    def begin(self) -> None:
+        self.controller = Controller(SETTINGS)
+        self.log: list[Event] = []
+        self.n_starts: dict[str, int] = {}
+
+    def tell(self, event: Event) -> None:
+        self.log.append(event)
+        reopened = isinstance(event, SessionOpened)
+        for command in self.controller.handle(event):
+            if isinstance(command, StartRun) and not reopened:
+                run_id = command.request.run_id
+                self.n_starts[run_id] = self.n_starts.get(run_id, 0) + 1
+
+    @rule(target=names, number=st.integers(0, 8), version=st.integers(0, 2))
+    def arrive(self, number: int, version: int) -> str:
+        self.tell(found(f"m{number}", version))
+        return f"m{number}"
+
+    @rule(number=st.integers(0, 8))
+    def refuse(self, number: int) -> None:
+        name = f"m{number}"
+        self.tell(
+            FileRejected(at=0.0, exposure_id=ExposureId(name), name=name, file=make_file(name), reason="bad")
+        )
+
+    @rule(name=names, n=st.integers(0, 90))
+    def preprocess(self, name: str, n: int) -> None:
+        self.tell(preprocessed(name, n))
+
+    @rule(name=names, n=st.integers(0, 90), bad=st.integers(0, 50))
+    def rank(self, name: str, n: int, bad: int) -> None:
+        self.tell(ranked(name, n, bad))
+
+    @rule(name=names, stage=st.sampled_from(Stage), kind=st.sampled_from(FailureKind))
+    def fail(self, name: str, stage: Stage, kind: FailureKind) -> None:
+        self.tell(StageFailed(at=0.0, exposure_id=ExposureId(name), stage=stage, kind=kind, reason="x"))
+
+    @rule(number=st.integers(1, 5), resolution=st.one_of(st.none(), st.floats(3, 20)), cfar=st.floats(0, 1))
+    def end_run(self, number: int, resolution: float | None, cfar: float) -> None:
+        self.tell(RunEnded(at=0.0, result=run_result(f"run{number:03d}", resolution=resolution, cfar=cfar)))
+
+    @rule(number=st.integers(1, 5))
+    def fail_run(self, number: int) -> None:
+        self.tell(RunFailed(at=0.0, run_id=RunId(f"run{number:03d}"), reason="x"))
+
+    @rule()
+    def reopen(self) -> None:
+        self.tell(SessionOpened(at=0.0, settings_digest="", version=""))
+
+    @rule()
+    def end_input(self) -> None:
+        self.tell(InputEnded(at=0.0))
+
+    @rule()
+    def drain(self) -> None:
+        self.tell(DrainRequested(at=0.0))
+
+    @invariant()
+    def books_balance(self) -> None:
+        if hasattr(self, "controller"):
+            self.controller.check_invariants()
+
+    @invariant()
+    def a_run_is_started_once(self) -> None:
+        assert all(n == 1 for n in getattr(self, "n_starts", {}).values())
+
+    def teardown(self) -> None:
+        if hasattr(self, "controller"):
+            again = Controller(SETTINGS)
+            for event in self.log:
+                again.handle(event)
+            assert again.exposures == self.controller.exposures
+            assert again.runs == self.controller.runs
+
+
+AnyHistory.TestCase.settings = hypothesis_settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestAnyHistory = AnyHistory.TestCase
