@@ -1,0 +1,277 @@
+"""Settings of a session: the only place where text becomes values.
+
+Unknown keys and values outside their physical range are refused with the key, the value and the rule. Keys
+carry their units, so a number in another unit is caught by its range.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from stream.control.settings import ControllerSettings
+from stream.records.errors import ConfigurationError
+from stream.records.values import Optics
+
+Voltage = Annotated[float, Field(ge=60, le=400, description="kV; 300000 is in volts")]
+Length = Annotated[float, Field(gt=0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class MicroscopeSettings(_Section):
+    """The microscope's constants."""
+
+    voltage_kv: Voltage
+    cs_mm: Annotated[float, Field(ge=0, le=10, description="mm")]
+    amplitude_contrast: Annotated[float, Field(ge=0, le=0.5, description="a fraction, not per cent")] = 0.1
+
+
+class AcquisitionSettings(_Section):
+    """How the movies were taken; the pixel size is the movie's."""
+
+    pixel_size_angstrom: Annotated[float, Field(gt=0.1, lt=20, description="Å, not nm")]
+    dose_e_per_angstrom2: Annotated[float, Field(gt=0, le=500, description="total, e/Å²")] | None = None
+    pre_exposure_e_per_angstrom2: Annotated[float, Field(ge=0, le=500)] = 0.0
+    gain: Path | None = None
+    gain_flip_x: bool = False
+    gain_flip_y: bool = False
+    gain_rotate_deg: Literal[0, 90, 180, 270] = 0
+    eer_fractions: Annotated[int, Field(ge=1, le=500)] = 40
+
+
+class IngestSettings(_Section):
+    """How files are noticed."""
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    recursive: bool = True
+    observer: Literal["auto", "inotify", "polling"] = "auto"
+    settle_s: Annotated[float, Field(ge=0, le=3600)] = 5.0
+    give_up_s: Annotated[float, Field(ge=0, le=86400)] = 60.0
+    poll_interval_s: Annotated[float, Field(gt=0, le=3600)] = 5.0
+
+
+class ParticleSettings(_Section):
+    """What is looked for, and how it is cut out; a box of None is derived from the diameter."""
+
+    diameter_angstrom: Annotated[float, Field(gt=20, lt=2000, description="Å")] = 150.0
+    extract_pixel_size_angstrom: Annotated[float, Field(gt=0.1, lt=20)] | None = None
+    box_size_px: Annotated[int, Field(ge=16, le=2048)] | None = None
+    pick_threshold_sd: Annotated[float, Field(gt=0)] | None = None
+    max_picks: Annotated[int, Field(ge=1)] | None = None
+
+
+class RankerSettings(_Section):
+    """Which ONNX CryoRanker scores, and how; None is the shipped default model."""
+
+    model: Path | None = None
+    batch_size: Annotated[int, Field(ge=1, le=8192)] = 64
+    max_wait_s: Annotated[float, Field(ge=0, le=600)] = 2.0
+    score_threshold: Annotated[float, Field(ge=0, le=1)] = 0.4
+
+
+class PolicySettings(_Section):
+    """When engine runs start (CryoWizard's policy, incremental)."""
+
+    enabled: bool = True
+    first_run_particles: Annotated[int, Field(ge=50)] = 2000
+    growth_factor: Annotated[float, Field(gt=1)] = 1.5
+    rebuild_factor: Annotated[float, Field(gt=1)] = 4.0
+    final_run_min_particles: Annotated[int, Field(ge=50)] = 200
+    cfar_bound: Annotated[float, Field(ge=0, le=1)] = 0.15
+    max_ctf_fit_angstrom: Length | None = None
+    max_total_motion_angstrom: Length | None = None
+
+    @model_validator(mode="after")
+    def _rungs_are_in_order(self) -> PolicySettings:
+        if self.final_run_min_particles > self.first_run_particles:
+            msg = "final_run_min_particles is at most first_run_particles"
+            raise ValueError(msg)
+        return self
+
+
+class EngineChoice(_Section):
+    """Which engine reconstructs, and with what."""
+
+    name: Literal["embedded"] = "embedded"
+    symmetry: Annotated[str, Field(pattern=r"^(C[1-9]\d?|D[2-9]\d?|T|O|I)$")] = "C1"
+    mask_diameter_angstrom: Length | None = None
+    n_threads: Annotated[int, Field(ge=1, le=256)] | None = None
+    n_starts: Annotated[int, Field(ge=1, le=20)] = 3
+    seed: int = 0
+
+
+class RuntimeSettings(_Section):
+    """Where it runs; None for workers means one per core."""
+
+    preprocess_workers: Annotated[int, Field(ge=1, le=4096)] | None = None
+    ray_address: str | None = None
+    min_free_disk_bytes: Annotated[int, Field(ge=0)] = 2 * 2**30
+    stage_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+
+
+class TelemetrySettings(_Section):
+    """Prometheus endpoint; port 0 takes a free one, None serves nothing."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] | None = 9464
+
+
+class SessionSettings(_Section):
+    """One session: exactly one kind of input, one output folder."""
+
+    movies: Path | None = None
+    micrographs: Path | None = None
+    particles: Path | None = None
+    out: Path
+    microscope: MicroscopeSettings
+    acquisition: AcquisitionSettings
+    ingest: IngestSettings = IngestSettings()
+    particle: ParticleSettings = ParticleSettings()
+    ranker: RankerSettings = RankerSettings()
+    policy: PolicySettings = PolicySettings()
+    engine: EngineChoice = EngineChoice()
+    runtime: RuntimeSettings = RuntimeSettings()
+    telemetry: TelemetrySettings = TelemetrySettings()
+
+    @model_validator(mode="after")
+    def _has_one_input(self) -> SessionSettings:
+        given = [k for k in ("movies", "micrographs", "particles") if getattr(self, k) is not None]
+        if len(given) != 1:
+            msg = f"exactly one of movies, micrographs, particles is given (found: {', '.join(given) or 'none'})"
+            raise ValueError(msg)
+        return self
+
+    @model_validator(mode="after")
+    def _output_is_not_input(self) -> SessionSettings:
+        source = self.source
+        if source.is_dir() and self.out.resolve() == source.resolve():
+            msg = "the output folder is not the input folder"
+            raise ValueError(msg)
+        return self
+
+    @property
+    def source(self) -> Path:
+        """The input folder (or particle file)."""
+        source = self.movies or self.micrographs or self.particles
+        if source is None:  # pragma: no cover - the validator has seen to it
+            raise ConfigurationError("session", "exactly one input is given")
+        return source
+
+    @property
+    def optics(self) -> Optics:
+        """The microscope's constants as a record."""
+        m = self.microscope
+        return Optics(voltage_kv=m.voltage_kv, cs_mm=m.cs_mm, amplitude_contrast=m.amplitude_contrast)
+
+    def controller_settings(self, *, n_preprocess_workers: int) -> ControllerSettings:
+        """Return the controller's numbers; each worker has one item in work and one waiting."""
+        p = self.policy
+        return ControllerSettings(
+            score_threshold=self.ranker.score_threshold,
+            first_run_particles=p.first_run_particles,
+            growth_factor=p.growth_factor,
+            rebuild_factor=p.rebuild_factor,
+            final_run_min_particles=p.final_run_min_particles,
+            cfar_bound=p.cfar_bound,
+            max_in_flight_preprocess=2 * n_preprocess_workers,
+            max_ctf_fit_angstrom=p.max_ctf_fit_angstrom,
+            max_total_motion_angstrom=p.max_total_motion_angstrom,
+            runs_enabled=p.enabled,
+        )
+
+    def to_yaml(self) -> str:
+        """Return the settings with every default written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+    def digest(self) -> str:
+        """Return a short hash of the settings."""
+        return hashlib.blake2b(self.to_yaml().encode(), digest_size=8).hexdigest()
+
+
+def load_settings(path: Path) -> SessionSettings:
+    """Read a session's YAML; relative paths in it are relative to its folder.
+
+    Raises `ConfigurationError` that names the file, the key, the value and the rule.
+    """
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigurationError(path, f"the configuration must be readable: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigurationError(path, f"the configuration must be YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(document, Mapping):
+        raise ConfigurationError(path, "the configuration must be a mapping of keys", type(document).__name__)
+    settings = parse_settings(document, item=str(path))
+    return _anchor_paths(settings, path.parent)
+
+
+def parse_settings(document: Mapping[str, Any], *, item: str) -> SessionSettings:
+    """Return validated settings, or raise one `ConfigurationError` that lists every fault in a line each."""
+    try:
+        return SessionSettings.model_validate(document)
+    except ValidationError as error:
+        faults = [_describe_fault(dict(fault)) for fault in error.errors()]
+        raise ConfigurationError(item, "; ".join(faults)) from error
+
+
+def _describe_fault(fault: dict[str, Any]) -> str:
+    key = ".".join(str(part) for part in fault["loc"]) or "session"
+    if fault["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(str(fault["loc"][-1]), _all_keys(), n=1)
+        hint = f", did you mean {close[0]}?" if close else ""
+        return f"unknown key {key}{hint}"
+    if fault["type"] == "missing":
+        return f"{key} is missing"
+    found = fault.get("input")
+    shown = f" (found: {found})" if isinstance(found, (int, float, str)) else ""
+    note = _note_of(fault["loc"])
+    return f"{key}: {fault['msg']}{f', in {note}' if note else ''}{shown}"
+
+
+def _note_of(location: tuple[str | int, ...]) -> str | None:
+    model: type[BaseModel] = SessionSettings
+    for part in location:
+        field = model.model_fields.get(str(part))
+        if field is None:
+            return None
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            model = annotation
+            continue
+        return field.description
+    return None
+
+
+def _all_keys() -> list[str]:
+    keys = list(SessionSettings.model_fields)
+    for field in SessionSettings.model_fields.values():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            keys += list(annotation.model_fields)
+    return keys
+
+
+def _anchor_paths(settings: SessionSettings, folder: Path) -> SessionSettings:
+    def anchor(path: Path | None) -> Path | None:
+        return None if path is None else (folder / path.expanduser()).absolute()
+
+    return settings.model_copy(
+        update={
+            "movies": anchor(settings.movies),
+            "micrographs": anchor(settings.micrographs),
+            "particles": anchor(settings.particles),
+            "out": anchor(settings.out),
+            "acquisition": settings.acquisition.model_copy(update={"gain": anchor(settings.acquisition.gain)}),
+            "ranker": settings.ranker.model_copy(update={"model": anchor(settings.ranker.model)}),
+        }
+    )

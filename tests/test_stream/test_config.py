@@ -1,0 +1,75 @@
+"""Settings: every fault is one clear line with key, value and rule."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from stream.config import load_settings
+from stream.records.errors import ConfigurationError
+
+GOOD: dict[str, Any] = {
+    "movies": "movies",
+    "out": "out",
+    "microscope": {"voltage_kv": 300, "cs_mm": 2.7},
+    "acquisition": {"pixel_size_angstrom": 0.885, "dose_e_per_angstrom2": 30, "gain": "gain.mrc"},
+}
+
+
+def write(folder: Path, document: dict[str, Any]) -> Path:
+    path = folder / "session.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+def changed(**sections: Any) -> dict[str, Any]:
+    document = {k: dict(v) if isinstance(v, dict) else v for k, v in GOOD.items()}
+    for key, value in sections.items():
+        document[key] = {**document.get(key, {}), **value} if isinstance(value, dict) else value
+    return document
+
+
+def test_paths_are_relative_to_the_configuration_file(tmp_path: Path) -> None:
+    settings = load_settings(write(tmp_path, GOOD))
+    assert settings.movies == tmp_path / "movies"
+    assert settings.acquisition.gain == tmp_path / "gain.mrc"
+
+
+def test_the_written_session_has_every_default_and_reads_back_equal(tmp_path: Path) -> None:
+    settings = load_settings(write(tmp_path, GOOD))
+    again = tmp_path / "again.yaml"
+    again.write_text(settings.to_yaml())
+    assert load_settings(again) == settings
+    assert "growth_factor: 1.5" in settings.to_yaml()
+
+
+@pytest.mark.parametrize(
+    ("document", "words"),
+    [
+        (changed(acquisition={"pixel_size_angstrom": 0.0885}), "acquisition.pixel_size_angstrom.*Å, not nm.*0.0885"),
+        (changed(microscope={"voltage_kv": 300000}), "microscope.voltage_kv.*volts.*300000"),
+        (changed(microscope={"amplitude_contrast": 10}), "amplitude_contrast.*not per cent.*10"),
+        (changed(acquisition={"pixel_size_nm": 0.0885}), "unknown key acquisition.pixel_size_nm, did you mean pixel_size"),
+        (changed(engin={"name": "embedded"}), "unknown key engin, did you mean engine"),
+        (changed(micrographs="m"), "exactly one of movies, micrographs, particles.*movies, micrographs"),
+        (changed(engine={"symmetry": "X4"}), "engine.symmetry.*X4"),
+        (changed(policy={"first_run_particles": 100, "final_run_min_particles": 500}), "final_run_min_particles is at most"),
+        ({k: v for k, v in GOOD.items() if k != "microscope"}, "microscope is missing"),
+    ],
+)
+def test_a_fault_names_the_key_the_value_and_the_rule(tmp_path: Path, document: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigurationError, match=words) as caught:
+        load_settings(write(tmp_path, document))
+    assert str(tmp_path / "session.yaml") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_not_yaml_or_not_there_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("a: [1,\nb: }")
+    with pytest.raises(ConfigurationError, match="must be YAML"):
+        load_settings(tmp_path / "bad.yaml")
+    with pytest.raises(ConfigurationError, match="must be readable"):
+        load_settings(tmp_path / "none.yaml")
