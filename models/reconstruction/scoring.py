@@ -1,0 +1,99 @@
+"""Likelihood of images over a grid of rotations × shifts as matrix products.
+
+For an image F with CTF c and noise variance σ² per complex coefficient, at rotation j and applied shift t,
+log p = 2 Re⟨c F e^{−2πi k·t}/σ², P_j⟩ − ⟨c²/σ², |P_j|²⟩ + const: one product of (images × shifts) with the
+projections, one of images with the projections' power.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from models.reconstruction.particle_data import ParticleData
+
+MAX_SCORES = 6_000_000
+"""Scores held at a time (24 MB): larger blocks fall out of the cache, smaller ones starve the products."""
+
+
+@contextmanager
+def fast_products() -> Iterator[None]:
+    """Let CPUs with bf16 tiles round the inputs of float32 products; scores then err by ~0.2 % of their spread.
+
+    Measured on one AMX core: 300 instead of 130 GFLOP/s. Elsewhere the setting changes nothing.
+    """
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)
+    if matmul is None or not hasattr(matmul, "fp32_precision"):
+        yield
+        return
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+@dataclass(frozen=True, slots=True)
+class ShiftSearch:
+    """Shifts (x, y) in px to try, with their log prior."""
+
+    shifts_xy_px: Tensor
+    log_prior: Tensor
+
+    @classmethod
+    def gaussian(cls, shifts_xy_px: Float[Tensor, "t 2"], sigma_px: float) -> ShiftSearch:
+        """Weigh shifts by a Gaussian of their length, normalised over the grid."""
+        log = -0.5 * shifts_xy_px.square().sum(-1) / sigma_px**2
+        return cls(shifts_xy_px, log - torch.logsumexp(log, 0))
+
+
+@dataclass(frozen=True, slots=True)
+class Projections:
+    """Slices at a grid of rotations, laid out for the products."""
+
+    stacked: Tensor
+    power: Tensor
+
+    @classmethod
+    def of(cls, slices: Tensor) -> Projections:
+        """Take complex slices `(j, k)`."""
+        return cls(torch.cat((slices.real, slices.imag), dim=1), slices.abs().square())
+
+
+def weighted_images(data: ParticleData, inverse_noise: Float[Tensor, "k"]) -> tuple[Tensor, Tensor]:
+    """Return (c F / σ², c² / σ²) of every image."""
+    return data.ctf * data.coefficients * inverse_noise, data.ctf.square() * inverse_noise
+
+
+def shifted_matrix(weighted: Tensor, phases: Tensor) -> Float[Tensor, "b t k2"]:
+    """Return the images at every shift, real and imaginary parts side by side."""
+    shifted = weighted[:, None, :] * phases[None]
+    return torch.cat((shifted.real, shifted.imag), dim=-1)
+
+
+def score_block(
+    matrix: Float[Tensor, "b t k2"],
+    weights: Float[Tensor, "b k"],
+    projections: Projections,
+    search: ShiftSearch,
+    inverse_temperature: float,
+) -> Float[Tensor, "b t j"]:
+    """Return β · log likelihood + log shift prior for a block of images."""
+    b, t, k2 = matrix.shape
+    scores = (2.0 * matrix.reshape(b * t, k2)) @ projections.stacked.T
+    scores = scores.view(b, t, -1)
+    scores.sub_((weights @ projections.power.T)[:, None, :])
+    if inverse_temperature != 1.0:
+        scores.mul_(inverse_temperature)
+    return scores.add_(search.log_prior[None, :, None])
+
+
+def block_size(n_shifts: int, n_rotations: int) -> int:
+    """Return how many images to score at a time."""
+    return max(1, MAX_SCORES // (n_shifts * n_rotations))
