@@ -1,0 +1,66 @@
+"""The in-process runtime: the same interface as Ray's, one command after the other, for tests and debugging."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from actors.handlers import PreprocessHandler, RankHandler, RunHandler, WorkerSpec, attempt
+from actors.outcomes import WorkCommand, WorkOutcome, event_for, item_of
+from stream.records.commands import CancelRun, Command, Preprocess, Rank, StartRun
+from stream.records.events import Event
+
+
+class Runtime(Protocol):
+    """Where commands run. `submit` returns at once; `poll` gives the events that answer commands."""
+
+    def submit(self, command: Command) -> None:
+        """Take a command; it is answered by exactly one event."""
+
+    def poll(self, timeout_s: float) -> list[Event]:
+        """Return the outcomes that have come in, waiting at most `timeout_s` for a first one."""
+
+    def close(self) -> None:
+        """Stop all work at once; what is unanswered is issued again by the next session."""
+
+
+class LocalRuntime:
+    """Runs one command per `poll` in the calling thread."""
+
+    def __init__(self, spec: WorkerSpec, *, clock: Callable[[], float] = time.time) -> None:
+        self._clock = clock
+        self._queue: deque[WorkCommand] = deque()
+        self._spec = spec
+        self._preprocess = PreprocessHandler(spec)
+        self._rank: RankHandler | None = None
+        self._run = RunHandler(spec)
+
+    def submit(self, command: Command) -> None:
+        """Queue a command."""
+        if not isinstance(command, CancelRun):
+            self._queue.append(command)
+
+    def poll(self, timeout_s: float) -> list[Event]:
+        """Do the oldest command, if there is one, and return its event."""
+        if not self._queue:
+            time.sleep(min(timeout_s, 0.05))
+            return []
+        command = self._queue.popleft()
+        outcome = attempt(lambda: self._process(command), item_of(command))
+        return [event_for(command, outcome, self._clock())]
+
+    def close(self) -> None:
+        """Forget what is queued."""
+        self._queue.clear()
+
+    def _process(self, command: WorkCommand) -> WorkOutcome:
+        match command:
+            case Preprocess():
+                return self._preprocess.process(command)
+            case Rank():
+                self._rank = self._rank or RankHandler(self._spec)
+                return self._rank.process(command)
+            case StartRun():
+                return self._run.process(command)

@@ -1,0 +1,61 @@
+"""From what a worker gave back to the event that answers the command."""
+
+from __future__ import annotations
+
+from typing import assert_never
+
+from actors.handlers import Failure
+from stream.records.commands import Preprocess, Rank, StartRun
+from stream.records.events import (
+    Event,
+    ExposurePreprocessed,
+    ExposureRanked,
+    RunEnded,
+    RunFailed,
+    StageFailed,
+)
+from stream.records.values import PreprocessResult, RankResult, RunResult, Stage
+
+WorkCommand = Preprocess | Rank | StartRun
+WorkOutcome = PreprocessResult | RankResult | RunResult | Failure
+
+
+def event_for(command: WorkCommand, outcome: WorkOutcome, at: float) -> Event:
+    """Return the one event that answers `command`; `at` is the service's own clock."""
+    match outcome:
+        case Failure():
+            return _failure_event(command, outcome, at)
+        case PreprocessResult():
+            return ExposurePreprocessed(at=at, result=outcome)
+        case RankResult():
+            return ExposureRanked(at=at, result=outcome)
+        case RunResult():
+            return RunEnded(at=at, result=outcome)
+        case _:
+            assert_never(outcome)
+
+
+def _failure_event(command: WorkCommand, failure: Failure, at: float) -> Event:
+    match command:
+        case Preprocess(exposure=exposure):
+            exposure_id, stage = exposure.exposure_id, Stage.PREPROCESS
+        case Rank():
+            exposure_id, stage = command.exposure_id, Stage.RANK
+        case StartRun(request=request):
+            return RunFailed(at=at, run_id=request.run_id, reason=failure.reason)
+        case _:
+            assert_never(command)
+    return StageFailed(at=at, exposure_id=exposure_id, stage=stage, kind=failure.kind, reason=failure.reason)
+
+
+def item_of(command: WorkCommand) -> str:
+    """Return the name that messages about `command` carry."""
+    match command:
+        case Preprocess(exposure=exposure):
+            return exposure.name
+        case Rank(name=name):
+            return name
+        case StartRun(request=request):
+            return request.run_id
+        case _:
+            assert_never(command)

@@ -1,0 +1,224 @@
+"""The Ray runtime: pools of actors, one command in work per preprocessing actor, results as they come.
+
+Policy: only small records travel through Ray; movies and stacks travel by file. A dead actor is restarted by
+Ray and its command answered with a resource failure, so the controller decides whether to try again. A
+command that runs longer than the timeout costs its actor's life. Ray's token authentication is set on both
+sides; a Ray started here listens on the loopback address alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+import ray
+from ray.exceptions import RayError
+
+from actors.handlers import (
+    Failure,
+    PreprocessHandler,
+    RankHandler,
+    RunHandler,
+    WorkerSpec,
+    attempt,
+)
+from actors.outcomes import WorkCommand, WorkOutcome, event_for, item_of
+from stream.records.commands import CancelRun, Command, Preprocess, Rank, StartRun
+from stream.records.events import Event, RunFailed
+from stream.records.values import FailureKind
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolSettings:
+    """How many actors there are and what each asks of the cluster.
+
+    `engine_niceness` keeps the live stages' share of a machine that the engine shares with them.
+    """
+
+    n_preprocess_workers: int
+    n_rank_callers: int
+    ray_address: str | None = None
+    ranker_gpus: float = 0.0
+    engine_gpus: float = 0.0
+    engine_threads: int = 1
+    engine_niceness: int = 5
+    stage_timeout_s: float = 1800.0
+    object_store_bytes: int = 300 * 2**20
+
+
+class _Worker:
+    """The body of every actor: one handler, made where it runs."""
+
+    def __init__(self, kind: str, spec: WorkerSpec, niceness: int) -> None:
+        makers: dict[str, Callable[[WorkerSpec], Any]] = {
+            "preprocess": PreprocessHandler,
+            "rank": RankHandler,
+            "run": RunHandler,
+        }
+        os.nice(niceness)
+        self._handler = makers[kind](spec)
+
+    def health(self) -> bool:
+        """Answer that the actor is up."""
+        return True
+
+    def process(self, command: WorkCommand) -> WorkOutcome:
+        """Do one command."""
+        outcome: WorkOutcome = attempt(lambda: self._handler.process(command), item_of(command))
+        return outcome
+
+
+@dataclass(frozen=True, slots=True)
+class _InWork:
+    command: WorkCommand
+    actor: Any
+    since: float
+
+
+class RayRuntime:
+    """Runs commands on Ray actors, on this machine or on a cluster that is already there."""
+
+    def __init__(
+        self, spec: WorkerSpec, pools: PoolSettings, *, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._clock = clock
+        self._pools = pools
+        self._owns_ray = not ray.is_initialized()
+        if self._owns_ray:
+            _connect(pools)
+        threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        engine_threads = dict.fromkeys(threads, str(pools.engine_threads))
+        cpus = 0.0 if pools.ray_address is None else 1.0
+        self._preprocessors = [
+            _start("preprocess", spec, env=threads, num_cpus=cpus) for _ in range(pools.n_preprocess_workers)
+        ]
+        self._ranker = _start(
+            "rank",
+            spec,
+            env=threads,
+            num_cpus=cpus,
+            num_gpus=pools.ranker_gpus,
+            max_concurrency=pools.n_rank_callers,
+        )
+        self._engine = _start(
+            "run",
+            spec,
+            env=engine_threads,
+            niceness=pools.engine_niceness,
+            num_cpus=cpus * pools.engine_threads,
+            num_gpus=pools.engine_gpus,
+        )
+        self._idle = deque(self._preprocessors)
+        self._waiting: deque[Preprocess] = deque()
+        self._in_work: dict[Any, _InWork] = {}
+        self._answers: list[Event] = []
+
+    def submit(self, command: Command) -> None:
+        """Send a command to an actor, or hold it until a preprocessing actor is idle."""
+        match command:
+            case Preprocess():
+                self._waiting.append(command)
+                self._feed()
+            case Rank():
+                self._send(command, self._ranker)
+            case StartRun():
+                self._send(command, self._engine)
+            case CancelRun(run_id=run_id):
+                self._cancel(run_id)
+
+    def poll(self, timeout_s: float) -> list[Event]:
+        """Return the events that answer commands."""
+        if self._in_work and not self._answers:
+            ready, _ = ray.wait(list(self._in_work), num_returns=1, timeout=timeout_s)
+            if ready:  # take along whatever else is ready
+                ready, _ = ray.wait(list(self._in_work), num_returns=len(self._in_work), timeout=0)
+            for reference in ready:
+                self._collect(reference)
+        elif not self._answers:
+            time.sleep(timeout_s)
+        self._kill_overdue()
+        self._feed()
+        answers, self._answers = self._answers, []
+        return answers
+
+    def close(self) -> None:
+        """Kill the actors, and Ray if it was started here."""
+        for actor in (*self._preprocessors, self._ranker, self._engine):
+            ray.kill(actor)
+        self._in_work.clear()
+        if self._owns_ray:
+            ray.shutdown()
+
+    def _feed(self) -> None:
+        while self._waiting and self._idle:
+            self._send(self._waiting.popleft(), self._idle.popleft())
+
+    def _send(self, command: WorkCommand, actor: Any) -> None:  # noqa: ANN401 - Ray's handles have no public type
+        reference = actor.process.remote(command)
+        self._in_work[reference] = _InWork(command, actor, time.monotonic())
+
+    def _collect(self, reference: Any) -> None:  # noqa: ANN401
+        work = self._in_work.pop(reference)
+        try:
+            outcome: WorkOutcome = ray.get(reference)
+        except RayError as error:
+            text = f"{item_of(work.command)}: its worker died ({type(error).__name__})"
+            outcome = Failure(kind=FailureKind.RESOURCE, reason=text)
+        self._answer(work, outcome)
+
+    def _answer(self, work: _InWork, outcome: WorkOutcome) -> None:
+        if isinstance(work.command, Preprocess):
+            self._idle.append(work.actor)
+        self._answers.append(event_for(work.command, outcome, self._clock()))
+
+    def _kill_overdue(self) -> None:
+        limit = self._pools.stage_timeout_s
+        now = time.monotonic()
+        for reference, work in list(self._in_work.items()):
+            if isinstance(work.command, StartRun) or now - work.since < limit:
+                continue
+            del self._in_work[reference]
+            ray.kill(work.actor, no_restart=False)
+            reason = f"{item_of(work.command)}: no outcome within {limit:.0f} s"
+            self._answer(work, Failure(kind=FailureKind.RESOURCE, reason=reason))
+
+    def _cancel(self, run_id: str) -> None:
+        for reference, work in list(self._in_work.items()):
+            if isinstance(work.command, StartRun) and work.command.request.run_id == run_id:
+                del self._in_work[reference]
+                ray.kill(self._engine, no_restart=False)
+                self._answers.append(
+                    RunFailed(at=self._clock(), run_id=work.command.request.run_id, reason="cancelled")
+                )
+
+
+def _connect(pools: PoolSettings) -> None:
+    if pools.ray_address is not None:
+        ray.init(address=pools.ray_address, logging_level="WARNING", namespace="icestream")
+        return
+    ray.init(
+        num_cpus=pools.n_preprocess_workers + 2,
+        include_dashboard=False,
+        object_store_memory=pools.object_store_bytes,
+        logging_level="WARNING",
+        namespace="icestream",
+        _node_ip_address="127.0.0.1",
+    )
+
+
+def _start(kind: str, spec: WorkerSpec, *, env: dict[str, str], niceness: int = 0, **options: Any) -> Any:  # noqa: ANN401
+    actor_class = ray.remote(_Worker)
+    options = {k: v for k, v in options.items() if v}
+    return actor_class.options(
+        max_restarts=-1, runtime_env={"env_vars": env}, name=None, **{"num_cpus": 0, **options}
+    ).remote(kind, spec, niceness)

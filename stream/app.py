@@ -1,0 +1,196 @@
+"""The live service: source → journal → controller → runtime, in one loop and one thread.
+
+Clock: wall time enters here and travels with events. Failure: an event that cannot be written stops the
+service (exit 1), because nothing may run whose event is not on disk; everything else becomes an event.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+from actors.local import Runtime
+from stream import __version__
+from stream.config import SessionSettings
+from stream.control.controller import Controller
+from stream.control.exposures import ExposureState
+from stream.records.events import (
+    DiskSpaceChanged,
+    DrainRequested,
+    Event,
+    InputEnded,
+    SessionOpened,
+)
+from stream.records.values import Stage
+from stream.store.files import replacing
+from stream.store.journal import Journal
+from stream.store.layout import OutputLayout
+from stream.telemetry.metrics import Snapshot, Telemetry, Volume
+
+log = logging.getLogger(__name__)
+
+DISK_CHECK_INTERVAL_S = 5.0
+SNAPSHOT_INTERVAL_S = 1.0
+
+
+class Source(Protocol):
+    """Where exposures come from."""
+
+    def poll(self, now: float) -> Sequence[Event]:
+        """Return the files that have settled since the last call."""
+
+    @property
+    def is_quiet(self) -> bool:
+        """True when the first scan is over and nothing waits to settle."""
+
+    def close(self) -> None:
+        """Stop watching."""
+
+
+class Service:
+    """One session on one output folder."""
+
+    def __init__(
+        self,
+        settings: SessionSettings,
+        *,
+        controller: Controller,
+        journal: Journal,
+        source: Source,
+        runtime: Runtime,
+        telemetry: Telemetry,
+        clock: Callable[[], float] = time.time,
+        on_event: Callable[[Event], None] | None = None,
+    ) -> None:
+        self.settings = settings
+        self.controller = controller
+        self._journal = journal
+        self._source = source
+        self._runtime = runtime
+        self._telemetry = telemetry
+        self._clock = clock
+        self._on_event = on_event
+        self._next_disk_check = 0.0
+        self._next_snapshot = 0.0
+        self._is_disk_low = False
+        self._n_done_at_size_check = -1
+        self._quarantine_reasons: Counter[str] = Counter()
+
+    def open(self) -> None:
+        """Commit that the session is open; what was in work when it closed is issued again."""
+        self._take(
+            [SessionOpened(at=self._clock(), settings_digest=self.settings.digest(), version=__version__)]
+        )
+
+    def step(self, timeout_s: float) -> None:
+        """Take what has come in, once; waits at most `timeout_s` for it."""
+        now = self._clock()
+        events: list[Event] = list(self._source.poll(now)) if not self.controller.is_draining else []
+        events += self._check_disk(now)
+        events += self._runtime.poll(0.0 if events else timeout_s)
+        self._take(events)
+        if now >= self._next_snapshot:
+            self._next_snapshot = now + SNAPSHOT_INTERVAL_S
+            self._telemetry.set_gauges(self._snapshot())
+
+    def end_input(self) -> None:
+        """Say that no more input will come."""
+        if not self.controller.is_input_ended:
+            self._take([InputEnded(at=self._clock())])
+
+    def drain(self) -> None:
+        """Start nothing new; what is in work may end."""
+        if not self.controller.is_draining:
+            self._take([DrainRequested(at=self._clock())])
+
+    @property
+    def is_input_quiet(self) -> bool:
+        """True when every file that is there has been taken."""
+        return self._source.is_quiet
+
+    @property
+    def has_stage_in_work(self) -> bool:
+        """True while an exposure is in work; an engine run does not count, it is issued again."""
+        return any(self.controller.count_in_flight(stage) for stage in Stage)
+
+    def close(self) -> None:
+        """Stop everything; the journal stays whole whatever is in work."""
+        self._telemetry.set_gauges(self._snapshot())
+        self._source.close()
+        self._runtime.close()
+        self._telemetry.close()
+        self._journal.close()
+
+    def _take(self, events: Iterable[Event]) -> None:
+        events = list(events)
+        if not events:
+            return
+        self._journal.append(events)
+        for event in events:
+            commands = self.controller.handle(event)
+            self._telemetry.observe(event)
+            if self._on_event is not None:
+                self._on_event(event)
+            for command in commands:
+                self._runtime.submit(command)
+
+    def _check_disk(self, now: float) -> list[Event]:
+        if now < self._next_disk_check:
+            return []
+        self._next_disk_check = now + DISK_CHECK_INTERVAL_S
+        free = shutil.disk_usage(self.settings.out).free
+        reserve = self.settings.runtime.min_free_disk_bytes
+        # Coming back asks for a tenth more than the reserve, so that the state does not flutter.
+        is_low = free < (reserve * 1.1 if self._is_disk_low else reserve)
+        if is_low == self._is_disk_low:
+            return []
+        self._is_disk_low = is_low
+        log.warning("disk_space_changed is_low=%s free_bytes=%d reserve_bytes=%d", is_low, free, reserve)
+        return [DiskSpaceChanged(at=now, is_low=is_low, free_bytes=free)]
+
+    def _snapshot(self) -> Snapshot:
+        controller = self.controller
+        usage = shutil.disk_usage(self.settings.out)
+        snapshot = Snapshot(
+            n_found=len(controller.exposures),
+            states={state.value: controller.n_by_state[state] for state in ExposureState},
+            queue_depth={stage.value: controller.count_waiting(stage) for stage in Stage},
+            inflight={stage.value: controller.count_in_flight(stage) for stage in Stage},
+            quarantine_reasons=self._count_quarantine_reasons(),
+            volumes={"output": Volume(free_bytes=usage.free, size_bytes=usage.total)},
+        )
+        if controller.n_by_state[ExposureState.DONE] == self._n_done_at_size_check:
+            return snapshot
+        self._n_done_at_size_check = controller.n_by_state[ExposureState.DONE]
+        return replace(snapshot, feature_cache_bytes=_folder_bytes(OutputLayout(self.settings.out).features))
+
+    def _count_quarantine_reasons(self) -> Counter[str]:
+        """Count the reasons anew only when the quarantine has changed: sessions grow to 100,000 exposures."""
+        n_quarantined = self.controller.n_by_state[ExposureState.QUARANTINED]
+        if n_quarantined != sum(self._quarantine_reasons.values()):
+            records = self.controller.exposures.values()
+            held = (r.reason for r in records if r.state is ExposureState.QUARANTINED)
+            self._quarantine_reasons = Counter(held)
+        return self._quarantine_reasons
+
+
+def _folder_bytes(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.stat().st_size if path.is_file() else 0
+        except FileNotFoundError:  # a segment that was compacted away while we looked
+            continue
+    return total
+
+
+def write_session(settings: SessionSettings, layout: OutputLayout) -> None:
+    """Write the configuration as used, with every default, where a restart and `status` find it."""
+    with replacing(layout.session) as temporary:
+        temporary.write_text(settings.to_yaml(), encoding="utf-8")

@@ -1,0 +1,146 @@
+"""`icestream run` and `icestream reprocess`: the live service, and the same stages offline."""
+
+from __future__ import annotations
+
+import logging
+from typing import Annotated
+
+import typer
+
+from stream.commands import session_options as o
+from stream.commands.common import AsJson, console, print_json
+from stream.config import SessionSettings
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command(
+        "run",
+        help="Run the live service on a folder. Ctrl-C drains; the same command again resumes.\n\n"
+        "Example: icestream run --movies /data/movies --out /data/session --pixel-size-angstrom 0.885 "
+        "--voltage-kv 200 --cs-mm 1.4 --dose-e-per-angstrom2 31 --gain /data/gain.mrc "
+        "--particle-diameter-angstrom 180",
+    )(run)
+    app.command(
+        "reprocess",
+        help="Process what is in a folder and end when everything has an outcome.\n\n"
+        "Example: icestream reprocess --particles particles.star --out again --pixel-size-angstrom 3.54 "
+        "--voltage-kv 200 --cs-mm 1.4 --symmetry D2",
+    )(reprocess)
+
+
+def run(
+    session: o.SessionFile = None,
+    movies: o.Movies = None,
+    micrographs: o.Micrographs = None,
+    particles: o.Particles = None,
+    out: o.Out = None,
+    pixel_size_angstrom: o.PixelSizeOption = None,
+    voltage_kv: o.VoltageOption = None,
+    cs_mm: o.CsOption = None,
+    amplitude_contrast: o.ContrastOption = 0.1,
+    dose_e_per_angstrom2: o.DoseOption = None,
+    gain: o.GainOption = None,
+    particle_diameter_angstrom: o.DiameterOption = None,
+    symmetry: o.SymmetryOption = None,
+    model: o.ModelOption = None,
+    ray_address: o.RayAddressOption = None,
+    metrics_port: o.PortOption = None,
+    assignments: o.SetOption = None,
+    until_idle: Annotated[
+        bool,
+        typer.Option("--until-idle", help="End when every file has an outcome and the last run is over."),
+    ] = False,
+    in_process: Annotated[
+        bool, typer.Option("--in-process", help="No Ray: one thing after the other, for debugging.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run the live service."""
+    options = o.SessionOptions(
+        session=session,
+        inputs={"movies": movies, "micrographs": micrographs, "particles": particles},
+        out=out,
+        pixel_size_angstrom=pixel_size_angstrom,
+        voltage_kv=voltage_kv,
+        cs_mm=cs_mm,
+        amplitude_contrast=amplitude_contrast,
+        dose_e_per_angstrom2=dose_e_per_angstrom2,
+        gain=gain,
+        particle_diameter_angstrom=particle_diameter_angstrom,
+        symmetry=symmetry,
+        model=model,
+        ray_address=ray_address,
+        metrics_port=metrics_port,
+        assignments=tuple(assignments or ()),
+    )
+    run_settings(o.build_settings(options), until_idle=until_idle, in_process=in_process, as_json=as_json)
+
+
+def reprocess(
+    session: o.SessionFile = None,
+    movies: o.Movies = None,
+    micrographs: o.Micrographs = None,
+    particles: o.Particles = None,
+    out: o.Out = None,
+    pixel_size_angstrom: o.PixelSizeOption = None,
+    voltage_kv: o.VoltageOption = None,
+    cs_mm: o.CsOption = None,
+    amplitude_contrast: o.ContrastOption = 0.1,
+    dose_e_per_angstrom2: o.DoseOption = None,
+    gain: o.GainOption = None,
+    particle_diameter_angstrom: o.DiameterOption = None,
+    symmetry: o.SymmetryOption = None,
+    model: o.ModelOption = None,
+    ray_address: o.RayAddressOption = None,
+    metrics_port: o.PortOption = -1,
+    assignments: o.SetOption = None,
+    in_process: Annotated[
+        bool, typer.Option("--in-process", help="No Ray: one thing after the other, for debugging.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run the same stages on what is there, then end."""
+    run(
+        session,
+        movies,
+        micrographs,
+        particles,
+        out,
+        pixel_size_angstrom,
+        voltage_kv,
+        cs_mm,
+        amplitude_contrast,
+        dose_e_per_angstrom2,
+        gain,
+        particle_diameter_angstrom,
+        symmetry,
+        model,
+        ray_address,
+        metrics_port,
+        assignments,
+        until_idle=True,
+        in_process=in_process,
+        as_json=as_json,
+    )
+
+
+def run_settings(settings: SessionSettings, *, until_idle: bool, in_process: bool, as_json: bool) -> None:
+    """Run a session with words for people on stderr, and its status at the end on stdout."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    from stream.commands.narration import Narrator
+    from stream.commands.status import print_status
+    from stream.wiring import run_session
+
+    narrator = Narrator(console)
+    status = run_session(
+        settings,
+        until_idle=until_idle,
+        in_process=in_process,
+        on_event=narrator.tell,
+        on_step=narrator.follow,
+    )
+    if as_json:
+        print_json(status)
+    else:
+        print_status(status)

@@ -1,0 +1,90 @@
+"""What a session's status is: derived from the controller, never stored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from stream.control.controller import Controller
+from stream.control.exposures import ExposureState
+from stream.control.runs import RunRecord
+from stream.control.settings import ControllerSettings
+from stream.records.errors import ConfigurationError
+from stream.store.journal import read_journal
+from stream.store.layout import OutputLayout
+
+N_DECISIONS_SHOWN = 20
+N_REASONS_SHOWN = 20
+
+
+def summarize(controller: Controller) -> dict[str, Any]:
+    """Return the status document (architecture's command-line contract)."""
+    counts = {state.value: controller.n_by_state[state] for state in ExposureState}
+    found = len(controller.exposures)
+    records = controller.exposures.values()
+    best = controller.best_run
+    n_scored = sum(sum(r.score_histogram) for r in records if r.score_histogram is not None)
+    return {
+        "movies": {"found": found, **counts},
+        "particles": {
+            "extracted": sum(r.n_particles for r in records),
+            "excluded": sum(r.n_excluded + r.n_unscored for r in records),
+            "scored": n_scored,
+            "above_threshold": controller.n_above_threshold,
+            "score_threshold": controller.settings.score_threshold,
+        },
+        "balanced": found == sum(counts.values()),
+        "runs": [_describe_run(run) for run in controller.runs.values()],
+        "resolution_angstrom": None if best is None else best.resolution_angstrom,
+        "cfar": None if best is None else best.cfar,
+        "accepted_run": None if best is None else best.run_id,
+        "finished": controller.is_finished,
+        "quarantine": [
+            {"name": r.name, "path": r.file.path, "reason": r.reason}
+            for r in records
+            if r.state is ExposureState.QUARANTINED
+        ][:N_REASONS_SHOWN],
+        "rejected": [
+            {"name": r.name, "reason": r.reason} for r in records if r.state is ExposureState.REJECTED
+        ][:N_REASONS_SHOWN],
+        "decisions": [
+            {"at": d.at, "what": d.what, "why": d.why}
+            for d in list(controller.decisions)[-N_DECISIONS_SHOWN:]
+        ],
+    }
+
+
+def _describe_run(run: RunRecord) -> dict[str, Any]:
+    result = run.result
+    return {
+        "run_id": run.request.run_id,
+        "state": run.state.value,
+        "reason": run.request.reason,
+        "verdict": run.verdict,
+        "warm_start": run.request.warm_start,
+        "particles": run.request.n_particles if result is None else result.n_particles,
+        "resolution_angstrom": None if result is None else result.resolution_angstrom,
+        "cfar": None if result is None else result.cfar,
+        "cfar_null": None if result is None else result.cfar_null,
+        "scf_star": None if result is None else result.scf_star,
+        "folder": None if result is None else result.folder,
+        "seconds": {} if result is None else result.seconds,
+    }
+
+
+def load_status(out: Path) -> dict[str, Any]:
+    """Replay the journal of an output folder, which a service may be writing, into its status."""
+    layout = OutputLayout(out)
+    if not layout.journal.is_file():
+        raise ConfigurationError(out, "an output folder holds a journal.sqlite; no session was started here")
+    controller = Controller(read_controller_settings(layout))
+    for event in read_journal(layout.journal):
+        controller.handle(event)
+    return summarize(controller)
+
+
+def read_controller_settings(layout: OutputLayout) -> ControllerSettings:
+    """Return the rules that the session was last started with."""
+    from stream.config import load_settings
+
+    return load_settings(layout.session).controller_settings(n_preprocess_workers=1)

@@ -1,0 +1,253 @@
+"""From settings to a service that runs: which source, which runtime, which exporter."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from actors.engines.base import EngineSettings
+from actors.preprocess import PreprocessSettings
+
+from actors.handlers import RankerOptions, WorkerSpec
+from actors.local import LocalRuntime, Runtime
+from stream import __version__
+from stream.app import Service, write_session
+from stream.config import SessionSettings
+from stream.control.controller import Controller
+from stream.ingest.source import ExposureSource, KnownFile, SourceSettings
+from stream.records.errors import ConfigurationError
+from stream.records.events import Event
+from stream.records.values import InputKind
+from stream.status import summarize
+from stream.store.journal import Journal
+from stream.store.layout import OutputLayout
+from stream.telemetry.metrics import Telemetry
+
+log = logging.getLogger(__name__)
+
+DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "models" / "cryoranker" / "default.onnx"
+POLL_TIMEOUT_S = 0.25
+
+
+def count_workers(settings: SessionSettings) -> int:
+    """Return how many preprocessing workers there are: as set, or one per core."""
+    return settings.runtime.preprocess_workers or len(os.sched_getaffinity(0))
+
+
+def build_worker_spec(settings: SessionSettings) -> WorkerSpec:
+    """Return what every worker is told."""
+    model = settings.ranker.model or DEFAULT_MODEL
+    if not model.is_file():
+        raise ConfigurationError(model, "ranker.model is an ONNX file that exists")
+    n_threads = settings.engine.n_threads or len(os.sched_getaffinity(0))
+    return WorkerSpec(
+        out=settings.out,
+        source=settings.source,
+        preprocess=_preprocess_settings(settings),
+        ranker=RankerOptions(
+            model=model,
+            batch_size=settings.ranker.batch_size,
+            max_wait_s=settings.ranker.max_wait_s,
+            n_threads=1,
+            n_callers=16,
+        ),
+        engine_name=settings.engine.name,
+        engine=EngineSettings(
+            symmetry=settings.engine.symmetry,
+            mask_diameter_angstrom=settings.engine.mask_diameter_angstrom,
+            n_threads=n_threads,
+            n_starts=settings.engine.n_starts,
+            seed=settings.engine.seed,
+        ),
+    )
+
+
+def _preprocess_settings(settings: SessionSettings) -> PreprocessSettings:
+    a, p = settings.acquisition, settings.particle
+    given: dict[str, Any] = {
+        "extract_pixel_size_angstrom": p.extract_pixel_size_angstrom,
+        "box_size_px": p.box_size_px,
+        "pick_threshold_sd": p.pick_threshold_sd,
+        "max_picks": p.max_picks,
+    }
+    return PreprocessSettings(
+        pixel_size_angstrom=a.pixel_size_angstrom,
+        optics=settings.optics,
+        dose_e_per_angstrom2=a.dose_e_per_angstrom2,
+        pre_exposure_e_per_angstrom2=a.pre_exposure_e_per_angstrom2,
+        gain=a.gain,
+        gain_flip_x=a.gain_flip_x,
+        gain_flip_y=a.gain_flip_y,
+        gain_rotate_deg=a.gain_rotate_deg,
+        eer_fractions=a.eer_fractions,
+        particle_diameter_angstrom=p.diameter_angstrom,
+        **{key: value for key, value in given.items() if value is not None},
+    )
+
+
+def build_source(settings: SessionSettings, controller: Controller) -> ExposureSource:
+    """Return the watcher of the session's input, which knows what the journal already has."""
+    kinds = {
+        "movies": InputKind.MOVIE,
+        "micrographs": InputKind.MICROGRAPH,
+        "particles": InputKind.PARTICLES,
+    }
+    kind = next(kinds[key] for key in kinds if getattr(settings, key) is not None)
+    i, a = settings.ingest, settings.acquisition
+    source_settings = SourceSettings(
+        root=settings.source,
+        kind=kind,
+        include=i.include,
+        exclude=i.exclude,
+        recursive=i.recursive,
+        observer=i.observer,
+        settle_s=i.settle_s,
+        give_up_s=i.give_up_s,
+        poll_interval_s=i.poll_interval_s,
+        pixel_size_angstrom=a.pixel_size_angstrom,
+        voltage_kv=settings.microscope.voltage_kv,
+        dose_e_per_angstrom2=a.dose_e_per_angstrom2,
+        gain=a.gain,
+        gain_flip_x=a.gain_flip_x,
+        gain_flip_y=a.gain_flip_y,
+        gain_rotate_deg=a.gain_rotate_deg,
+    )
+    known = [KnownFile(r.exposure_id, r.name, r.file) for r in controller.exposures.values()]
+    return ExposureSource(source_settings, known=known)
+
+
+def build_runtime(settings: SessionSettings, *, in_process: bool) -> Runtime:
+    """Return Ray's runtime, or the in-process one."""
+    spec = build_worker_spec(settings)
+    if in_process:
+        return LocalRuntime(spec)
+    from actors.runtime import PoolSettings, RayRuntime
+
+    pools = PoolSettings(
+        n_preprocess_workers=count_workers(settings),
+        n_rank_callers=spec.ranker.n_callers,
+        ray_address=settings.runtime.ray_address,
+        engine_threads=spec.engine.n_threads,
+        stage_timeout_s=settings.runtime.stage_timeout_s,
+    )
+    return RayRuntime(spec, pools)
+
+
+def open_service(
+    settings: SessionSettings,
+    *,
+    in_process: bool = False,
+    on_event: Callable[[Event], None] | None = None,
+) -> Service:
+    """Lock the output folder, replay its journal and start everything."""
+    layout = OutputLayout(settings.out)
+    if not settings.source.exists():
+        raise ConfigurationError(settings.source, "the input folder (or particle file) must exist")
+    journal = Journal(layout.journal)
+    try:
+        write_session(settings, layout)
+        controller = Controller(settings.controller_settings(n_preprocess_workers=count_workers(settings)))
+        telemetry = Telemetry(__version__, score_threshold=settings.ranker.score_threshold)
+        for event in journal.replay():
+            controller.handle(event)
+            telemetry.observe(event, replay=True)
+        _serve_metrics(telemetry, settings)
+        source = build_source(settings, controller)
+        runtime = build_runtime(settings, in_process=in_process)
+    except BaseException:
+        journal.close()
+        raise
+    service = Service(
+        settings,
+        controller=controller,
+        journal=journal,
+        source=source,
+        runtime=runtime,
+        telemetry=telemetry,
+        on_event=on_event,
+    )
+    service.open()
+    return service
+
+
+def _serve_metrics(telemetry: Telemetry, settings: SessionSettings) -> None:
+    if settings.telemetry.port is None:
+        return
+    server = telemetry.serve(
+        settings.telemetry.host, settings.telemetry.port, token=os.environ.get("ICESTREAM_METRICS_TOKEN")
+    )
+    log.info("metrics_served address=%s:%d", settings.telemetry.host, server.port)
+
+
+@contextmanager
+def draining_on_signals() -> Iterator[threading.Event]:
+    """Yield an event that Ctrl-C or SIGTERM sets; a second signal ends the process at once."""
+    stop = threading.Event()
+
+    def request_stop(number: int, _frame: object) -> None:
+        if stop.is_set():
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        stop.set()
+
+    kept = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+def run_session(
+    settings: SessionSettings,
+    *,
+    until_idle: bool,
+    has_input_ended: Callable[[], bool] = lambda: True,
+    in_process: bool = False,
+    on_event: Callable[[Event], None] | None = None,
+    on_step: Callable[[Service], None] | None = None,
+) -> dict[str, Any]:
+    """Run a session and return its status document.
+
+    With `until_idle` it ends when every file has an outcome and the last run is over (`has_input_ended` can
+    hold that back); otherwise at a signal, after what is in work has ended.
+    """
+    with draining_on_signals() as stop:
+        service = open_service(settings, in_process=in_process, on_event=on_event)
+        try:
+            while not (stop.is_set() or service.controller.is_finished):
+                service.step(POLL_TIMEOUT_S)
+                if until_idle and has_input_ended() and service.is_input_quiet:
+                    service.end_input()
+                if on_step is not None:
+                    on_step(service)
+            service.drain()
+            while service.has_stage_in_work:
+                service.step(POLL_TIMEOUT_S)
+            export(service)
+            return summarize(service.controller)
+        finally:
+            service.close()
+
+
+def export(service: Service) -> None:
+    """Write the session's STAR and .cs files."""
+    from stream.sinks.exporter import export_session
+
+    controller = service.controller
+    members = controller.list_members()
+    if not members:
+        return
+    best = controller.best_run
+    export_session(
+        OutputLayout(service.settings.out),
+        members,
+        model_hash=next(r.model_hash for r in controller.exposures.values() if r.model_hash),
+        run_id=None if best is None else best.run_id,
+    )
