@@ -1,0 +1,302 @@
+"""Metrics of a session, fed by the events that the journal commits.
+
+Restarts: the journal is replayed with `observe(event, replay=True)` before `serve`. Counters and duration
+histograms are functions of the journal, so they come back to the value they had and a scrape never sees them
+fall. Latencies are not restored: across a restart they would measure the downtime; Prometheus takes their
+return to zero for what it is, a counter reset. Gauges come from `set_gauges`, from the controller's own books.
+
+Clock: event times are this machine's wall clock; durations were measured by the worker and ride on results.
+Threads: one thread observes, the endpoint's threads only read. Failure: a snapshot that does not balance
+raises `InvariantError`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict, deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from statistics import median
+from typing import assert_never
+
+from prometheus_client import CollectorRegistry, Gauge
+
+from stream.records.errors import InvariantError
+from stream.records.events import (
+    DiskSpaceChanged,
+    DrainRequested,
+    Event,
+    ExposureFound,
+    ExposurePreprocessed,
+    ExposureRanked,
+    FileRejected,
+    InputEnded,
+    RunEnded,
+    RunFailed,
+    SessionOpened,
+    StageFailed,
+)
+from stream.records.values import (
+    Exposure,
+    ExposureId,
+    FailureKind,
+    InputKind,
+    PreprocessResult,
+    RankResult,
+    RunResult,
+)
+from stream.telemetry.scores import N_SCORE_BINS, RecentScores
+from stream.telemetry.series import QUARANTINE_REASONS, STEPS, Series, classify_reason
+from stream.telemetry.server import MetricsServer
+
+MAX_FOLLOWED = 100_000
+"""Movies followed at once for their latency; ten days at 400 an hour, about 20 MB. The oldest is dropped."""
+
+_ENGINES = ("embedded", "cryosparc", "relion")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """What is true now, from the controller's books and the machine.
+
+    `states` holds every exposure once. `quarantine_reasons` counts the free-text reasons of what is in
+    quarantine now. Volumes have short fixed names ("out"), not paths. `worker_restarts` counts per pool since
+    this process started. None or an absent key leaves a gauge as it was.
+    """
+
+    states: Mapping[str, int]
+    queue_depth: Mapping[str, int] = field(default_factory=dict)
+    inflight: Mapping[str, int] = field(default_factory=dict)
+    quarantine_reasons: Mapping[str, int] | None = None
+    disk_free_bytes: Mapping[str, int] = field(default_factory=dict)
+    disk_total_bytes: Mapping[str, int] = field(default_factory=dict)
+    feature_cache_bytes: int | None = None
+    worker_restarts: Mapping[str, int] = field(default_factory=dict)
+
+
+class Telemetry:
+    """The one exporter of a service.
+
+    Parameters
+    ----------
+    version
+        Version of icestream, for `icestream_build_info`.
+    score_threshold
+        τ: particles scored at or above it count as accepted.
+    expected_interval_s
+        Time between two movies as configured; None = follow the median of the latest arrivals.
+    n_recent_movies
+        How many movies the score median looks back.
+    """
+
+    def __init__(
+        self,
+        version: str,
+        *,
+        score_threshold: float = 0.4,
+        expected_interval_s: float | None = None,
+        n_recent_movies: int = 50,
+    ) -> None:
+        self._series = Series(version)
+        # The controller counts above its threshold by the same rounding to a bin edge.
+        self._threshold_bin = round(score_threshold * N_SCORE_BINS)
+        self._recent = RecentScores(n_recent_movies)
+        self._known: set[ExposureId] = set()
+        self._found_at: OrderedDict[ExposureId, float] = OrderedDict()
+        self._arrivals: deque[float] = deque(maxlen=50)
+        self._particle_files: set[str] = set()
+        self._expected_interval_s = expected_interval_s
+        self._is_map_known = False
+        self._worker_restarts: Counter[str] = Counter()
+        self._server: MetricsServer | None = None
+        if expected_interval_s is not None:
+            self._series.movie_interval.set(expected_interval_s)
+
+    @property
+    def registry(self) -> CollectorRegistry:
+        """The registry with every series."""
+        return self._series.registry
+
+    # --- events --------------------------------------------------------------------------------------
+
+    def observe(self, event: Event, *, replay: bool = False) -> None:
+        """Count one committed event; with `replay`, one of an earlier life, which gives no latency."""
+        series = self._series
+        match event:
+            case SessionOpened():
+                series.session_open.set(1)
+            case ExposureFound():
+                self._take_found(event.at, event.exposure)
+            case FileRejected():
+                self._known.add(event.exposure_id)
+                series.movies.labels("ingest", "input_error").inc()
+            case ExposurePreprocessed():
+                self._take_preprocessed(event.result)
+                self._take_milestone(event.result.exposure_id, "preprocessed", event.at, replay=replay)
+                if not event.result.n_particles:
+                    self._found_at.pop(event.result.exposure_id, None)
+            case ExposureRanked():
+                self._take_ranked(event.result)
+                self._take_milestone(event.result.exposure_id, "ranked", event.at, replay=replay)
+                self._found_at.pop(event.result.exposure_id, None)
+            case StageFailed():
+                is_input = event.kind is FailureKind.INPUT
+                outcome = "input_error" if is_input else "resource_error"
+                series.movies.labels(event.stage.value, outcome).inc()
+                if is_input:
+                    self._found_at.pop(event.exposure_id, None)
+            case RunEnded():
+                self._take_run(event.result)
+            case RunFailed():
+                is_superseded = any(word in event.reason.lower() for word in ("supersede", "cancel"))
+                self._count_run("superseded" if is_superseded else "failed")
+            case DiskSpaceChanged():
+                series.disk_low.set(event.is_low)
+            case InputEnded() | DrainRequested():
+                series.session_open.set(0)
+            case _:
+                assert_never(event)
+
+    def observe_batch(self, n_particles: int) -> None:
+        """Count one batch that the ranker was given."""
+        self._series.batch_size.observe(n_particles)
+
+    def _take_found(self, at: float, exposure: Exposure) -> None:
+        series = self._series
+        series.movies.labels("ingest", "done").inc()
+        series.last_movie.set(at)
+        if self._count_bytes_once(exposure):
+            series.ingest_bytes.inc(exposure.file.size_bytes)
+        self._known.add(exposure.exposure_id)
+        self._found_at[exposure.exposure_id] = at
+        if len(self._found_at) > MAX_FOLLOWED:
+            self._found_at.popitem(last=False)
+        self._arrivals.append(at)
+        if self._expected_interval_s is None and len(self._arrivals) > 1:
+            times = list(self._arrivals)
+            gaps = [max(0.0, b - a) for a, b in pairwise(times)]
+            series.movie_interval.set(median(gaps))
+
+    def _count_bytes_once(self, exposure: Exposure) -> bool:
+        """Tell whether the file's size still has to be counted: a particle file comes once per micrograph."""
+        if exposure.kind is not InputKind.PARTICLES:
+            return True
+        is_new = exposure.file.fingerprint not in self._particle_files
+        self._particle_files.add(exposure.file.fingerprint)
+        return is_new
+
+    def _take_preprocessed(self, result: PreprocessResult) -> None:
+        series = self._series
+        series.movies.labels("preprocess", "done").inc()
+        series.picks.inc(result.n_picks)
+        self._take_seconds("preprocess", result.seconds)
+        if result.motion is not None:
+            series.motion.observe(result.motion.total_motion_angstrom)
+        if result.ctf is not None and result.ctf.is_reliable:
+            series.ctf_fit.observe(result.ctf.fit_resolution_angstrom)
+
+    def _take_ranked(self, result: RankResult) -> None:
+        series = self._series
+        histogram = result.score_histogram
+        series.scores.add(histogram)
+        self._recent.add(histogram)
+        centre = self._recent.median()
+        if centre is not None:
+            series.score_median.set(centre)
+        series.movies.labels("rank", "done").inc()
+        series.particles.labels("accepted").inc(sum(histogram[self._threshold_bin :]))
+        series.particles.labels("below_threshold").inc(sum(histogram[: self._threshold_bin]))
+        series.particles.labels("unscored").inc(result.n_excluded)
+        series.cache_hits.inc(result.n_cache_hits)
+        series.cache_misses.inc(max(0, result.n_scored - result.n_cache_hits))
+        self._take_seconds("rank", result.seconds)
+
+    def _take_seconds(self, stage: str, seconds: Mapping[str, float]) -> None:
+        """Record a stage's time and its steps'; without a "total" the steps add up to it."""
+        steps = {step: value for step, value in seconds.items() if step != "total"}
+        for step, value in steps.items():
+            label = step if step in STEPS else "other"
+            self._series.step_seconds.labels(stage, label).observe(value)
+        if seconds:
+            self._series.stage_seconds.labels(stage).observe(seconds.get("total", sum(steps.values())))
+
+    def _take_milestone(self, exposure_id: ExposureId, milestone: str, at: float, *, replay: bool) -> None:
+        found_at = self._found_at.get(exposure_id)
+        if found_at is not None and not replay:
+            self._series.latency_seconds.labels(milestone).observe(max(0.0, at - found_at))
+
+    def _take_run(self, result: RunResult) -> None:
+        series = self._series
+        is_resolved = result.resolution_angstrom is not None
+        self._count_run("resolved" if is_resolved else "unresolved")
+        self._is_map_known = self._is_map_known or is_resolved
+        seconds = {step: value for step, value in result.seconds.items() if step != "total"}
+        if result.seconds:
+            total = result.seconds.get("total", sum(seconds.values()))
+            series.stage_seconds.labels("engine").observe(total)
+        engine = result.engine if result.engine in _ENGINES else "other"
+        values: tuple[tuple[Gauge, float | None], ...] = (
+            (series.resolution, result.resolution_angstrom),
+            (series.cfar, result.cfar),
+            (series.cfar_null, result.cfar_null),
+            (series.scf_star, result.scf_star),
+            (series.map_particles, float(result.n_particles)),
+        )
+        for gauge, value in values:
+            gauge.clear()
+            if value is not None:
+                gauge.labels(engine).set(value)
+
+    def _count_run(self, outcome: str) -> None:
+        self._series.runs.labels("update" if self._is_map_known else "first", outcome).inc()
+
+    # --- gauges --------------------------------------------------------------------------------------
+
+    def set_gauges(self, snapshot: Snapshot) -> None:
+        """Show what is true now.
+
+        The states come from the controller's books, the number found from the events seen here: two counts
+        that must agree, or `InvariantError` is raised.
+        """
+        series = self._series
+        n_found = len(self._known)
+        if sum(snapshot.states.values()) != n_found:
+            rule = f"every exposure is in exactly one state ({n_found} found)"
+            raise InvariantError("exposures", rule, dict(snapshot.states))
+        series.exposures_found.set(n_found)
+        for gauge, counts in (
+            (series.exposures, snapshot.states),
+            (series.queue_depth, snapshot.queue_depth),
+            (series.inflight, snapshot.inflight),
+        ):
+            for label, count in counts.items():
+                gauge.labels(label).set(count)
+        if snapshot.quarantine_reasons is not None:
+            by_reason = Counter(dict.fromkeys(QUARANTINE_REASONS, 0))
+            for text, count in snapshot.quarantine_reasons.items():
+                by_reason[classify_reason(text)] += count
+            for reason, count in by_reason.items():
+                series.quarantined.labels(reason).set(count)
+        for name, n_bytes in snapshot.disk_free_bytes.items():
+            series.disk_free.labels(name).set(n_bytes)
+        for name, n_bytes in snapshot.disk_total_bytes.items():
+            series.disk_size.labels(name).set(n_bytes)
+        if snapshot.feature_cache_bytes is not None:
+            series.cache_bytes.set(snapshot.feature_cache_bytes)
+        for pool, count in snapshot.worker_restarts.items():
+            series.worker_restarts.labels(pool).inc(max(0, count - self._worker_restarts[pool]))
+            self._worker_restarts[pool] = count
+
+    # --- the endpoint --------------------------------------------------------------------------------
+
+    def serve(self, host: str = "127.0.0.1", port: int = 0, *, token: str | None = None) -> MetricsServer:
+        """Start the endpoint and return it; `port` 0 takes a free one, an open address needs a token."""
+        self.close()
+        self._server = MetricsServer(self.registry, host, port, token)
+        return self._server
+
+    def close(self) -> None:
+        """Stop the endpoint, if there is one."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None

@@ -1,0 +1,287 @@
+"""Every series that icestream exports: declared here, once, with its help text, unit and labels.
+
+Prefix `icestream_`, base units, no label whose values are unbounded: never a movie, a particle or a run.
+Label values are closed vocabularies, and every combination that can occur exists from the start at zero, so
+that `rate()` sees the first increment.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
+from prometheus_client.metrics_core import Metric
+
+from stream.telemetry.scores import ScoreDistribution
+
+STAGES = ("ingest", "preprocess", "rank")
+MOVIE_OUTCOMES = ("done", "input_error", "resource_error")
+MILESTONES = ("preprocessed", "ranked")
+DECISIONS = ("accepted", "below_threshold", "unscored")
+RUN_KINDS = ("first", "update")
+RUN_OUTCOMES = ("resolved", "unresolved", "failed", "superseded")
+STEPS = ("read", "motion", "ctf", "pick", "extract", "write", "load", "score", "cache", "wait", "other")
+QUARANTINE_REASONS = (
+    "permission", "vanished", "truncated", "format", "dimensions", "gain", "metadata", "values", "machine", "other",
+)  # fmt: skip
+
+SECONDS_BUCKETS = (
+    0.01, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600,
+)  # fmt: skip
+"""1 s to 1 h is what a session shows; the sub-second edges are for small test movies."""
+
+_REASON_WORDS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (
+        "machine",
+        ("failed 2 times", "failed 3 times", "times, last", "worker", "out of memory", "no space", "disk"),
+    ),
+    ("permission", ("permission", "not readable", "unreadable", "access")),
+    ("vanished", ("vanish", "no such file", "does not exist", "disappeared", "gone", "missing file")),
+    ("gain", ("gain",)),
+    (
+        "truncated",
+        ("truncat", "incomplete", "ends early", "shorter", "empty", "zero bytes", "0 bytes", "missing bytes"),
+    ),
+    ("values", ("nan", "finite", "constant", "inf", "all zero", "saturated")),
+    ("metadata", ("pixel size", "voltage", "dose", "xml", "mdoc", "metadata", "spherical")),
+    ("dimensions", ("shape", "frame", "dimension", "size", "odd", "section")),
+    ("format", ("magic", "format", "header", "tiff", "eer", "mrc", "decode", "parse", "not a ", "corrupt")),
+)
+
+
+def classify_reason(text: str) -> str:
+    """Map a free-text reason to the closed vocabulary of the label `reason`; first match wins."""
+    # The text opens with the file's name, which may hold any word: judge the rule behind it when there is one.
+    _, _, rule = text.partition(": ")
+    lowered = (rule or text).lower()
+    for reason, words in _REASON_WORDS:
+        if any(word in lowered for word in words):
+            return reason
+    return "other"
+
+
+class SilentCreatedRegistry(CollectorRegistry):
+    """A registry without the `_created` samples, which double every counter and mean nothing after a replay."""
+
+    def collect(self) -> Iterable[Metric]:
+        """Yield every family of every collector."""
+        for family in super().collect():
+            family.samples = [s for s in family.samples if not s.name.endswith("_created")]
+            yield family
+
+
+class Series:
+    """The declared series, registered in a registry of their own (no globals)."""
+
+    def __init__(self, version: str) -> None:
+        self.registry = SilentCreatedRegistry(auto_describe=True)
+        ProcessCollector(registry=self.registry)
+        self._declare_flow()
+        self._declare_particles()
+        self._declare_runs()
+        self._declare_machine()
+        self.build = Info("icestream_build", "Version of the running service.", registry=self.registry)
+        self.build.info({"version": version, "python": platform.python_version()})
+
+    def _declare_flow(self) -> None:
+        self.movies = Counter(
+            "icestream_movies_total",
+            "Outcomes per stage, counted over the whole session: done, input_error (quarantined) or "
+            "resource_error (tried again).",
+            ["stage", "outcome"],
+            registry=self.registry,
+        )
+        for stage in STAGES:
+            for outcome in MOVIE_OUTCOMES:
+                if stage != "ingest" or outcome != "resource_error":
+                    self.movies.labels(stage, outcome)
+        self.stage_seconds = Histogram(
+            "icestream_stage_duration_seconds",
+            "Working time of one exposure in one stage, measured where it ran; for stage=engine, of one run.",
+            ["stage"],
+            buckets=SECONDS_BUCKETS,
+            registry=self.registry,
+        )
+        for stage in ("preprocess", "rank", "engine"):
+            self.stage_seconds.labels(stage)
+        self.step_seconds = Histogram(
+            "icestream_step_duration_seconds",
+            "Working time of one step within a stage (motion, ctf, pick, ...), measured where it ran.",
+            ["stage", "step"],
+            buckets=SECONDS_BUCKETS,
+            registry=self.registry,
+        )
+        self.latency_seconds = Histogram(
+            "icestream_movie_latency_seconds",
+            "Time from a movie being found to a milestone, waiting included; only of movies followed live.",
+            ["milestone"],
+            buckets=SECONDS_BUCKETS,
+            registry=self.registry,
+        )
+        for milestone in MILESTONES:
+            self.latency_seconds.labels(milestone)
+        self.queue_depth = Gauge(
+            "icestream_queue_depth", "Exposures that wait for a stage.", ["stage"], registry=self.registry
+        )
+        self.inflight = Gauge(
+            "icestream_inflight", "Exposures that a stage works on now.", ["stage"], registry=self.registry
+        )
+        self.exposures = Gauge(
+            "icestream_exposures",
+            "Exposures per state; each is in exactly one, so the sum equals icestream_exposures_found.",
+            ["state"],
+            registry=self.registry,
+        )
+        self.exposures_found = Gauge(
+            "icestream_exposures_found",
+            "Every exposure or invalid file ever noticed.",
+            registry=self.registry,
+        )
+        self.quarantined = Gauge(
+            "icestream_quarantined_movies",
+            "Movies in quarantine now, by reason.",
+            ["reason"],
+            registry=self.registry,
+        )
+        for reason in QUARANTINE_REASONS:
+            self.quarantined.labels(reason)
+        self.ingest_bytes = Counter(
+            "icestream_ingest_bytes_total", "Size of every valid input file found.", registry=self.registry
+        )
+        self.last_movie = Gauge(
+            "icestream_last_movie_timestamp_seconds",
+            "Unix time at which the newest valid input was found; 0 before the first.",
+            registry=self.registry,
+        )
+        self.movie_interval = Gauge(
+            "icestream_expected_movie_interval_seconds",
+            "Time between two movies: as configured, or else the median of the latest arrivals; 0 = not known.",
+            registry=self.registry,
+        )
+        self.session_open = Gauge(
+            "icestream_session_open",
+            "1 while more input is expected, 0 once the input ended or the operator drains.",
+            registry=self.registry,
+        )
+
+    def _declare_particles(self) -> None:
+        self.picks = Counter("icestream_picks_total", "Picked positions.", registry=self.registry)
+        self.particles = Counter(
+            "icestream_particles_total",
+            "Particles by the ranker's decision: accepted (score at or above the threshold), below_threshold, "
+            "unscored (could not be scored).",
+            ["decision"],
+            registry=self.registry,
+        )
+        for decision in DECISIONS:
+            self.particles.labels(decision)
+        self.scores = ScoreDistribution(
+            "icestream_particle_score", "CryoRanker score of every particle, 0 to 1."
+        )
+        self.registry.register(self.scores)
+        self.score_median = Gauge(
+            "icestream_particle_score_median",
+            "Pooled median score of the latest movies (50 unless told otherwise), 0 to 1; NaN before the first.",
+            registry=self.registry,
+        )
+        self.score_median.set(float("nan"))
+        self.batch_size = Histogram(
+            "icestream_batch_size",
+            "Particles per batch given to the ranker.",
+            buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024),
+            registry=self.registry,
+        )
+        self.cache_hits = Counter(
+            "icestream_feature_cache_hits_total",
+            "Particles whose score came from the cache.",
+            registry=self.registry,
+        )
+        self.cache_misses = Counter(
+            "icestream_feature_cache_misses_total", "Particles that had to be scored.", registry=self.registry
+        )
+        self.cache_bytes = Gauge(
+            "icestream_feature_cache_bytes", "Size of the feature cache on disk.", registry=self.registry
+        )
+        self.motion = Histogram(
+            "icestream_total_motion_angstroms",
+            "Path length of a movie's whole-frame motion.",
+            buckets=(1, 2, 5, 10, 15, 20, 30, 50, 100, 200),
+            registry=self.registry,
+        )
+        self.ctf_fit = Histogram(
+            "icestream_ctf_fit_angstroms",
+            "Resolution to which a micrograph's Thon rings fit.",
+            buckets=(2.5, 3, 3.5, 4, 4.5, 5, 6, 7, 8, 10, 15, 20, 30),
+            registry=self.registry,
+        )
+
+    def _declare_runs(self) -> None:
+        self.runs = Counter(
+            "icestream_controller_runs_total",
+            "Engine runs by kind (first: before there was any map; update: after) and outcome.",
+            ["kind", "outcome"],
+            registry=self.registry,
+        )
+        for kind in RUN_KINDS:
+            for outcome in RUN_OUTCOMES:
+                self.runs.labels(kind, outcome)
+        # Absent, not zero, until a run has measured them: a resolution of 0 would be a lie.
+        self.resolution = Gauge(
+            "icestream_map_resolution_angstroms",
+            "Resolution of the latest run that ended: corrected half-map FSC at 0.143.",
+            ["engine"],
+            registry=self.registry,
+        )
+        self.cfar = Gauge(
+            "icestream_cfar_ratio",
+            "cFAR of the latest run, 0 to 1; below 0.5 suggests preferred orientation.",
+            ["engine"],
+            registry=self.registry,
+        )
+        self.cfar_null = Gauge(
+            "icestream_cfar_null_ratio",
+            "cFAR that uniform views of as many particles at this signal would give, 0 to 1; compare cFAR with it.",
+            ["engine"],
+            registry=self.registry,
+        )
+        self.scf_star = Gauge(
+            "icestream_scf_star_ratio",
+            "SCF* of the latest run; below 0.81 suggests that views are missing.",
+            ["engine"],
+            registry=self.registry,
+        )
+        self.map_particles = Gauge(
+            "icestream_map_particles",
+            "Particles in the latest run that ended.",
+            ["engine"],
+            registry=self.registry,
+        )
+
+    def _declare_machine(self) -> None:
+        self.disk_free = Gauge(
+            "icestream_disk_free_bytes", "Free space of a volume in use.", ["volume"], registry=self.registry
+        )
+        self.disk_size = Gauge(
+            "icestream_disk_size_bytes", "Size of a volume in use.", ["volume"], registry=self.registry
+        )
+        self.disk_low = Gauge(
+            "icestream_disk_low",
+            "1 while free space is under the reserve and work waits.",
+            registry=self.registry,
+        )
+        self.worker_restarts = Counter(
+            "icestream_worker_restarts_total",
+            "Workers of a pool that died and were replaced.",
+            ["pool"],
+            registry=self.registry,
+        )
+
+
+def list_declared_names() -> frozenset[str]:
+    """Return every sample name that the exporter can show, `_bucket`, `_sum` and `_count` included."""
+    endings = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "info": ("_info",)}
+    names: set[str] = set()
+    for family in Series("0").registry.collect():
+        names.update(family.name + ending for ending in endings.get(family.type, ("",)))
+    return frozenset(names)
