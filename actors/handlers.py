@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import models.cryoranker
 from actors.engines.base import EngineSettings
 from actors.preprocess import PreprocessSettings
 from stream.records.commands import Preprocess, Rank, StartRun
@@ -22,14 +23,15 @@ from stream.records.values import FailureKind, InputKind, PreprocessResult, Rank
 from stream.store.layout import OutputLayout
 
 log = logging.getLogger(__name__)
+DEFAULT_MODEL = Path(models.cryoranker.__file__).with_name("default.onnx")
 Outcome = TypeVar("Outcome")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankerOptions:
-    """Which model scores, and how many images it takes at once."""
+    """Which model scores (None = the shipped one), and how many images it takes at once."""
 
-    model: Path
+    model: Path | None
     batch_size: int
     max_wait_s: float
     n_threads: int
@@ -84,14 +86,14 @@ class RankHandler:
 
     def __init__(self, spec: WorkerSpec) -> None:
         from models.cryoranker.serve import OnnxRanker
-        from stream.store.feature_cache import FeatureCache
 
         from actors.ranker import BatchingRanker
+        from stream.store.feature_cache import FeatureCache
 
         options = spec.ranker
         self._layout = spec.layout
         self._ranker = BatchingRanker(
-            OnnxRanker(options.model, n_threads=options.n_threads),
+            OnnxRanker(options.model or DEFAULT_MODEL, n_threads=options.n_threads),
             FeatureCache(spec.layout.features),
             batch_size=options.batch_size,
             max_wait_s=options.max_wait_s,

@@ -8,7 +8,6 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from actors.engines.base import EngineSettings
@@ -31,7 +30,6 @@ from stream.telemetry.metrics import Telemetry
 
 log = logging.getLogger(__name__)
 
-DEFAULT_MODEL = Path(__file__).resolve().parent.parent / "models" / "cryoranker" / "default.onnx"
 POLL_TIMEOUT_S = 0.25
 
 
@@ -42,8 +40,8 @@ def count_workers(settings: SessionSettings) -> int:
 
 def build_worker_spec(settings: SessionSettings) -> WorkerSpec:
     """Return what every worker is told."""
-    model = settings.ranker.model or DEFAULT_MODEL
-    if not model.is_file():
+    model = settings.ranker.model
+    if model is not None and not model.is_file():
         raise ConfigurationError(model, "ranker.model is an ONNX file that exists")
     n_threads = settings.engine.n_threads or len(os.sched_getaffinity(0))
     return WorkerSpec(

@@ -1,0 +1,94 @@
+"""One engine run of a session: from the controller's request to the record it judges.
+
+The run writes into a folder of its own and renames it when it is whole, so a killed run leaves nothing that
+looks like a result.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from pathlib import Path
+
+from stream.sinks.exporter import write_run_input
+
+from actors.engines.base import Engine, EngineInput, EngineOutput, EngineSettings
+from stream.records.commands import StartRun
+from stream.records.errors import ConfigurationError
+from stream.records.values import RunId, RunResult
+from stream.store.layout import OutputLayout
+
+log = logging.getLogger(__name__)
+
+
+def make_engine(name: str) -> Engine:
+    """Return the engine of that name."""
+    if name == "embedded":
+        from actors.engines.embedded import EmbeddedEngine
+
+        return EmbeddedEngine()
+    raise ConfigurationError("engine.name", "the engine is one that this version has: embedded", name)
+
+
+def run_engine(
+    command: StartRun, layout: OutputLayout, *, engine_name: str, settings: EngineSettings
+) -> RunResult:
+    """Write the run's particles, reconstruct from nothing or from an earlier map, and measure the result."""
+    request = command.request
+    engine = make_engine(engine_name)
+    final = layout.run(request.run_id)
+    work = final.with_name(f".tmp-{request.run_id}")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    started = time.monotonic()
+    particles = work / "particles.star"
+    n_particles = write_run_input(
+        layout, command.members, request.model_hash, request.score_threshold, particles
+    )
+    collected_s = time.monotonic() - started
+    log.info("run_started run=%s particles=%d", request.run_id, n_particles)
+    source = EngineInput(particles_star=particles, root=layout.root)
+    initial, poses = _find_start(layout, request.warm_start)
+    if initial is None:
+        initial = engine.initial_model(source, settings, work)
+    output = engine.refine(source, initial, settings, work, warm_start_poses=poses)
+    shutil.rmtree(final, ignore_errors=True)
+    work.rename(final)
+    return _record(request.run_id, engine.name, settings, layout, final, output, collected_s)
+
+
+def _find_start(layout: OutputLayout, warm_start: RunId | None) -> tuple[Path | None, Path | None]:
+    """Return map and poses of the run to start from; a run whose files are gone counts as none."""
+    if warm_start is None:
+        return None, None
+    folder = layout.run(warm_start)
+    volume, poses = folder / "map.mrc", folder / "poses.star"
+    if volume.is_file() and poses.is_file():
+        return volume, poses
+    log.warning("warm_start_missing run=%s folder=%s", warm_start, folder)
+    return None, None
+
+
+def _record(
+    run_id: RunId,
+    engine_name: str,
+    settings: EngineSettings,
+    layout: OutputLayout,
+    folder: Path,
+    output: EngineOutput,
+    collected_s: float,
+) -> RunResult:
+    return RunResult(
+        run_id=run_id,
+        engine=engine_name,
+        n_particles=output.n_particles,
+        symmetry=settings.symmetry,
+        resolution_angstrom=output.resolution_angstrom,
+        cfar=output.cfar,
+        cfar_null=output.cfar_null,
+        scf_star=output.scf_star,
+        note=output.note,
+        folder=layout.relative(folder),
+        seconds={"collect": collected_s, **output.seconds},
+    )
