@@ -24,6 +24,10 @@ class FileStat:
     inode: int
 
 
+UNREADABLE_STAT = FileStat(-1, 0, 0)
+"""Stands for a file that is there and whose `stat` fails (a loop of links, a forbidden folder)."""
+
+
 class FileState(Enum):
     """Where a file is on its way."""
 
@@ -63,6 +67,7 @@ class SettleGuard:
         self._give_up_s = give_up_s
         self._entries: dict[str, _Entry] = {}
         self._waiting: dict[str, _Entry] = {}
+        self._checking: set[str] = set()
 
     def observe(self, path: str, size_bytes: int, mtime_ns: int, inode: int, now: float) -> FileState:
         """Take note of what a look at the file showed, and return where the file is now."""
@@ -80,6 +85,7 @@ class SettleGuard:
             entry.n_refusals = 0
             entry.reason = None
             self._waiting[path] = entry
+            self._checking.discard(path)
         else:
             entry.observed_at = now
         return entry.state
@@ -87,6 +93,7 @@ class SettleGuard:
     def vanish(self, path: str) -> FileState | None:
         """Forget a file that is gone; return the state in which it was, None when it was not known."""
         self._waiting.pop(path, None)
+        self._checking.discard(path)
         entry = self._entries.pop(path, None)
         return None if entry is None else entry.state
 
@@ -105,6 +112,7 @@ class SettleGuard:
         for path, entry in found:
             entry.state = FileState.CHECKING
             del self._waiting[path]
+            self._checking.add(path)
         return [(path, entry.stat) for path, entry in found]
 
     def accept(self, path: str, stat: FileStat) -> bool:
@@ -167,11 +175,11 @@ class SettleGuard:
     @property
     def n_unsettled(self) -> int:
         """Number of files without a verdict."""
-        n_checking = sum(entry.state is FileState.CHECKING for entry in self._entries.values())
-        return len(self._waiting) + n_checking
+        return len(self._waiting) + len(self._checking)
 
     def _judged(self, path: str, stat: FileStat) -> _Entry | None:
         entry = self._entries.get(path)
         if entry is None or entry.stat != stat or entry.state is not FileState.CHECKING:
             return None
+        self._checking.discard(path)
         return entry

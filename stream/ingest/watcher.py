@@ -26,7 +26,7 @@ from watchdog.observers.api import BaseObserver
 from watchdog.observers.polling import PollingObserver
 
 from stream.ingest.mounts import find_file_system, is_network_file_system
-from stream.ingest.settle import FileStat
+from stream.ingest.settle import UNREADABLE_STAT, FileStat
 from stream.records.errors import ConfigurationError, ResourceError
 
 ObserverKind = Literal["auto", "inotify", "polling"]
@@ -317,6 +317,6 @@ def _walk(root: Path, wanted: PathFilter, *, is_recursive: bool) -> Iterator[tup
                     except OSError:
                         # A link that leads nowhere or in circles is the reader's to name; give it no stat.
                         if entry.is_symlink():
-                            yield entry.path, FileStat(-1, 0, entry.inode())
+                            yield entry.path, UNREADABLE_STAT
         except OSError:
             continue
