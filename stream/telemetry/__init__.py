@@ -1,7 +1,7 @@
 """Metrics and logs: what an operator sees of a running session."""
 
 from stream.telemetry.logs import EventLogger, configure_logging, get_logger, redact
-from stream.telemetry.metrics import Snapshot, Telemetry
+from stream.telemetry.metrics import Snapshot, Telemetry, Volume
 from stream.telemetry.series import list_declared_names
 from stream.telemetry.server import MetricsServer
 
@@ -10,6 +10,7 @@ __all__ = [
     "MetricsServer",
     "Snapshot",
     "Telemetry",
+    "Volume",
     "configure_logging",
     "get_logger",
     "list_declared_names",

@@ -56,20 +56,28 @@ _ENGINES = ("embedded", "cryosparc", "relion")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Volume:
+    """Space on one volume."""
+
+    free_bytes: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
     """What is true now, from the controller's books and the machine.
 
-    `states` holds every exposure once. `quarantine_reasons` counts the free-text reasons of what is in
-    quarantine now. Volumes have short fixed names ("out"), not paths. `worker_restarts` counts per pool since
-    this process started. None or an absent key leaves a gauge as it was.
+    `states` holds every exposure once and adds up to `n_found`. `quarantine_reasons` counts the free-text
+    reasons of what is in quarantine now. Volumes have short fixed names ("output"), not paths.
+    `worker_restarts` counts per pool since this process started. None or an absent key leaves a gauge as it was.
     """
 
+    n_found: int
     states: Mapping[str, int]
     queue_depth: Mapping[str, int] = field(default_factory=dict)
     inflight: Mapping[str, int] = field(default_factory=dict)
     quarantine_reasons: Mapping[str, int] | None = None
-    disk_free_bytes: Mapping[str, int] = field(default_factory=dict)
-    disk_total_bytes: Mapping[str, int] = field(default_factory=dict)
+    volumes: Mapping[str, Volume] = field(default_factory=dict)
     feature_cache_bytes: int | None = None
     worker_restarts: Mapping[str, int] = field(default_factory=dict)
 
@@ -259,11 +267,13 @@ class Telemetry:
         that must agree, or `InvariantError` is raised.
         """
         series = self._series
-        n_found = len(self._known)
-        if sum(snapshot.states.values()) != n_found:
-            rule = f"every exposure is in exactly one state ({n_found} found)"
+        if sum(snapshot.states.values()) != snapshot.n_found:
+            rule = f"every exposure is in exactly one state ({snapshot.n_found} found)"
             raise InvariantError("exposures", rule, dict(snapshot.states))
-        series.exposures_found.set(n_found)
+        if snapshot.n_found != len(self._known):
+            rule = f"the controller knows each exposure of the journal ({len(self._known)} in events)"
+            raise InvariantError("exposures", rule, snapshot.n_found)
+        series.exposures_found.set(snapshot.n_found)
         for gauge, counts in (
             (series.exposures, snapshot.states),
             (series.queue_depth, snapshot.queue_depth),
@@ -277,10 +287,9 @@ class Telemetry:
                 by_reason[classify_reason(text)] += count
             for reason, count in by_reason.items():
                 series.quarantined.labels(reason).set(count)
-        for name, n_bytes in snapshot.disk_free_bytes.items():
-            series.disk_free.labels(name).set(n_bytes)
-        for name, n_bytes in snapshot.disk_total_bytes.items():
-            series.disk_size.labels(name).set(n_bytes)
+        for name, volume in snapshot.volumes.items():
+            series.disk_free.labels(name).set(volume.free_bytes)
+            series.disk_size.labels(name).set(volume.size_bytes)
         if snapshot.feature_cache_bytes is not None:
             series.cache_bytes.set(snapshot.feature_cache_bytes)
         for pool, count in snapshot.worker_restarts.items():

@@ -39,7 +39,7 @@ from stream.records.values import (
     RunResult,
     Stage,
 )
-from stream.telemetry.metrics import MAX_FOLLOWED, Snapshot, Telemetry
+from stream.telemetry.metrics import MAX_FOLLOWED, Snapshot, Telemetry, Volume
 from stream.telemetry.scores import RecentScores
 from stream.telemetry.series import QUARANTINE_REASONS, classify_reason, list_declared_names
 
@@ -388,12 +388,12 @@ def test_gauges_show_the_snapshot():
     telemetry = observed(STORY)
     telemetry.set_gauges(
         Snapshot(
+            n_found=3,
             states={"waiting": 0, "in_work": 0, "done": 1, "rejected": 0, "quarantined": 2},
             queue_depth={"preprocess": 3},
             inflight={"rank": 2},
             quarantine_reasons={"c.tiff: a movie is not empty": 1, "b: no rule we know": 1},
-            disk_free_bytes={"out": 10},
-            disk_total_bytes={"out": 40},
+            volumes={"output": Volume(free_bytes=10, size_bytes=40)},
             feature_cache_bytes=77,
             worker_restarts={"preprocess": 2},
         )
@@ -404,8 +404,8 @@ def test_gauges_show_the_snapshot():
     assert value(telemetry, "icestream_inflight", stage="rank") == 2
     assert value(telemetry, "icestream_quarantined_movies", reason="truncated") == 1
     assert value(telemetry, "icestream_quarantined_movies", reason="other") == 1
-    assert value(telemetry, "icestream_disk_free_bytes", volume="out") == 10
-    assert value(telemetry, "icestream_disk_size_bytes", volume="out") == 40
+    assert value(telemetry, "icestream_disk_free_bytes", volume="output") == 10
+    assert value(telemetry, "icestream_disk_size_bytes", volume="output") == 40
     assert value(telemetry, "icestream_feature_cache_bytes") == 77
     assert value(telemetry, "icestream_worker_restarts_total", pool="preprocess") == 2
 
@@ -413,19 +413,25 @@ def test_gauges_show_the_snapshot():
 def test_worker_restarts_count_growth_and_survive_a_pool_that_starts_again():
     telemetry = Telemetry("1")
     for count in (2, 5, 0, 1):
-        telemetry.set_gauges(Snapshot(states={}, worker_restarts={"rank": count}))
+        telemetry.set_gauges(Snapshot(n_found=0, states={}, worker_restarts={"rank": count}))
     assert value(telemetry, "icestream_worker_restarts_total", pool="rank") == 6
 
 
 def test_states_that_do_not_add_up_to_what_was_found_raise():
     telemetry = observed(STORY)
     with pytest.raises(InvariantError, match=r"exactly one state \(3 found\)"):
-        telemetry.set_gauges(Snapshot(states={"done": 1, "quarantined": 1}))
+        telemetry.set_gauges(Snapshot(n_found=3, states={"done": 1, "quarantined": 1}))
+
+
+def test_a_controller_that_knows_less_than_the_events_raises():
+    telemetry = observed(STORY)
+    with pytest.raises(InvariantError, match=r"3 in events.*found: 2"):
+        telemetry.set_gauges(Snapshot(n_found=2, states={"done": 1, "quarantined": 1}))
 
 
 def test_a_file_that_is_found_again_is_one_exposure():
     telemetry = observed([*STORY, found("c", 70.0), found("a", 71.0)])
-    telemetry.set_gauges(Snapshot(states={"waiting": 2, "quarantined": 1}))
+    telemetry.set_gauges(Snapshot(n_found=3, states={"waiting": 2, "quarantined": 1}))
 
 
 @pytest.mark.parametrize(
