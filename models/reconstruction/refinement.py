@@ -1,0 +1,298 @@
+"""Gold-standard refinement: two halves that share nothing but a 30 Å start.
+
+Each iteration aligns every image against its own half's map (global search first, local later), re-estimates the
+noise per ring, reconstructs, and lets the half-map FSC decide the radial prior and the radius that the next
+iteration may use. Symmetry is imposed by inserting each image at all group poses and by searching the asymmetric
+unit. The images of one half never touch the other half's map, noise or mask.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from models.reconstruction.grids import asymmetric_unit, random_rotations, shift_grid, so3_grid
+from models.reconstruction.masks import mask_from_map
+from models.reconstruction.online_em import soft_sphere
+from models.reconstruction.particle_data import ParticleData
+from models.reconstruction.pose_search import Hypotheses, LocalLevel, search_globally, search_locally
+from models.reconstruction.projector import cube_to_volume, extract_slices, volume_to_cube
+from models.reconstruction.scoring import ShiftSearch, weighted_images
+from models.reconstruction.sufficient import (
+    ReconstructionGrid,
+    accumulate_posed,
+    correlate_shells,
+    ring_mean,
+    solve_map,
+    ssnr_of,
+)
+
+FSC_THRESHOLD = 0.143
+"""The half-map correlation up to which a shell is used for alignment (Rosenthal & Henderson 2003)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefinementSettings:
+    """The schedule; shells count cycles per box, fractions are of the box."""
+
+    n_global: int = 3
+    n_local: int = 5
+    initial_resolution_angstrom: float = 30.0
+    global_max_shell: float = 11.0
+    grid_order: int = 2
+    n_keep: int = 6
+    mask_diameter_fraction: float = 0.85
+    shift_sigma_fraction: float = 3.0 / 64.0
+    shift_step_fraction: float = 1.0 / 32.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefinementProgress:
+    """What an iteration gave: FSC of the half maps in the solvent-masked sphere, and its 0.143 resolution."""
+
+    iteration: int
+    n_iterations: int
+    resolution_angstrom: float
+    fsc: Tensor
+    is_global: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefinementResult:
+    """Unfiltered half maps on the images' box and the pose of every image (in the order given)."""
+
+    half1: Tensor
+    half2: Tensor
+    rotations: Tensor
+    shifts_xy_px: Tensor
+    log_likelihood_gain: Tensor
+    fsc: Tensor
+    n_iterations: int
+
+
+@dataclass(frozen=True, slots=True)
+class WarmPoses:
+    """Poses from an earlier run; `is_known` says for which images they hold (the rest is searched globally)."""
+
+    rotations: Tensor
+    shifts_xy_px: Tensor
+    is_known: Bool[Tensor, "b"]
+
+
+class _Half:
+    """One half set: images, poses, noise and map. Nothing in here is shared with the other half."""
+
+    def __init__(self, data: ParticleData, volume: Tensor, warm: WarmPoses | None, grid: ReconstructionGrid) -> None:
+        n = len(data)
+        self.data, self.grid = data, grid
+        self.noise = data.mean_power().clamp_min(1e-20)
+        self.cube = volume_to_cube(volume, grid.max_shell)
+        self.rotations = torch.eye(3).repeat(n, 1, 1) if warm is None else warm.rotations.clone()
+        self.shifts = torch.zeros((n, 2)) if warm is None else warm.shifts_xy_px.clone()
+        self.is_known = torch.zeros(n, dtype=torch.bool) if warm is None else warm.is_known.clone()
+        self.gain = torch.zeros(n)
+        self.sums = grid.zeros()
+
+    def inverse_noise(self) -> Float[Tensor, "k"]:
+        inverse = (1.0 / self.noise)[self.data.plane.shell]
+        inverse[0] = 0.0
+        return inverse
+
+    def adopt(self, index: Tensor, found: Hypotheses) -> None:
+        rotations, shifts = found.best
+        self.rotations[index], self.shifts[index] = rotations, shifts
+        self.gain[index] = found.scores[:, 0]
+
+    def estimate_noise(self, shell: float) -> None:
+        """Set σ² per ring to the mean residual power; beyond `shell` the images' power stands."""
+        near = self.data.within(shell)
+        total = torch.zeros(int(near.plane.shell.max()) + 1)
+        for index in torch.arange(len(near)).split(512):
+            part = near.take(index)
+            slices = extract_slices(self.cube, self.rotations[index], near.plane)
+            model = part.ctf * slices * near.plane.phases(-self.shifts[index])
+            residual = (part.coefficients - model).abs().square()
+            total += len(part) * ring_mean(residual, near.plane.shell, total.numel())
+        self.noise = self.data.mean_power().clamp_min(1e-20)
+        self.noise[: total.numel()] = (total / len(near)).clamp_min(1e-20)
+
+    def reconstruct(self, group: Float[Tensor, "g 3 3"]) -> None:
+        """Accumulate all images at their poses."""
+        images, weights = weighted_images(self.data, (1.0 / self.noise)[self.data.plane.shell])
+        images = images * self.data.plane.phases(self.shifts)
+        self.sums = accumulate_posed(
+            self.grid.zeros(), images, weights, self.rotations, self.data.plane, group
+        )
+
+    def volume(self, ssnr: Float[Tensor, "s"]) -> Float[Tensor, "n n n"]:
+        """Return this half's map under a radial prior."""
+        return cube_to_volume(solve_map(self.sums, ssnr, self.grid), self.data.box_size_px)
+
+
+class Refinement:
+    """A refinement in progress; `step()` is one iteration over all images of both halves."""
+
+    def __init__(
+        self,
+        data: ParticleData,
+        half_set: Int[Tensor, "b"],
+        reference: Float[Tensor, "n n n"],
+        settings: RefinementSettings,
+        group: Float[Tensor, "g 3 3"],
+        generator: torch.Generator,
+        warm: WarmPoses | None = None,
+        check: Callable[[], None] | None = None,
+    ) -> None:
+        self.settings, self.group, self.generator, self.check = settings, group, generator, check
+        self.data = data
+        self.indices = [(half_set == h).nonzero()[:, 0] for h in (1, 2)]
+        for h, index in enumerate(self.indices, start=1):
+            if index.numel() < 2:
+                raise ValueError(f"half set {h}: {index.numel()} images, each half has at least two")
+        box = data.box_size_px
+        self.grid = ReconstructionGrid(float(data.plane.shell.max()))
+        self.sphere = soft_sphere(box, settings.mask_diameter_fraction * box, 0.06 * box)
+        first_shell = max(4.0, data.box_angstrom / settings.initial_resolution_angstrom)
+        self.shell = min(first_shell, self.grid.max_shell)
+        start = _low_passed(reference * self.sphere, self.shell, self.grid)
+        self.halves = [
+            _Half(data.take(i), start, None if warm is None else _take_warm(warm, i), self.grid)
+            for i in self.indices
+        ]
+        self.iteration = 0
+        self.fsc = torch.zeros(self.grid.n_shells)
+
+    @property
+    def n_iterations(self) -> int:
+        """How many iterations the schedule has."""
+        return self.settings.n_global + self.settings.n_local
+
+    @property
+    def resolution_angstrom(self) -> float:
+        """The resolution of the radius in use."""
+        return self.data.box_angstrom / self.shell
+
+    def step(self) -> RefinementProgress:
+        """Align both halves, reconstruct them, and set prior and radius from their FSC."""
+        is_global = self.iteration < self.settings.n_global
+        for half in self.halves:
+            self._align(half, is_global=is_global)
+            half.estimate_noise(self.shell)
+            half.reconstruct(self.group)
+        self._update()
+        self.iteration += 1
+        return RefinementProgress(
+            iteration=self.iteration,
+            n_iterations=self.n_iterations,
+            resolution_angstrom=self.resolution_angstrom,
+            fsc=self.fsc,
+            is_global=is_global,
+        )
+
+    def _align(self, half: _Half, *, is_global: bool) -> None:
+        unknown = (~half.is_known).nonzero()[:, 0]
+        known = half.is_known.nonzero()[:, 0]
+        if is_global and unknown.numel():
+            half.adopt(unknown, self._align_globally(half, unknown))
+        elif unknown.numel():
+            half.adopt(unknown, self._align_locally(half, unknown))
+        if known.numel():
+            half.adopt(known, self._align_locally(half, known))
+
+    def _align_globally(self, half: _Half, index: Tensor) -> Hypotheses:
+        s, box = self.settings, self.data.box_size_px
+        coarse_shell = min(self.shell, s.global_max_shell)
+        turn = random_rotations(1, self.generator)[0]
+        rotations = asymmetric_unit(so3_grid(s.grid_order) @ turn, self.group)
+        search = ShiftSearch.gaussian(shift_grid(2, s.shift_step_fraction * box), s.shift_sigma_fraction * box)
+        data = half.data.take(index)
+        near = data.within(coarse_shell)
+        noise = half.inverse_noise()
+        found = search_globally(
+            near, half.cube, noise[: len(near.plane)], rotations, search, n_keep=s.n_keep, check=self.check
+        )
+        step_deg, step_px = 60.0 / 2**s.grid_order / 2, s.shift_step_fraction * box / 2
+        levels = [
+            LocalLevel(step_deg, step_px, 4, coarse_shell),
+            LocalLevel(step_deg / 2, step_px / 2, 2, self.shell),
+            LocalLevel(step_deg / 4, step_px / 4, 1, self.shell),
+        ]
+        if self._needs_step_below(step_deg / 4):
+            levels.append(LocalLevel(step_deg / 8, step_px / 4, 1, self.shell))
+        return search_locally(
+            data, half.cube, noise, found, levels,
+            shift_sigma_px=s.shift_sigma_fraction * box, check=self.check,
+        )  # fmt: skip
+
+    def _align_locally(self, half: _Half, index: Tensor) -> Hypotheses:
+        s, box = self.settings, self.data.box_size_px
+        start = Hypotheses(
+            half.rotations[index][:, None], half.shifts[index][:, None], torch.zeros((index.numel(), 1))
+        )
+        step_deg, step_px = 3.0, 0.5 * s.shift_step_fraction * box
+        levels = [LocalLevel(step_deg / 2**i, step_px / 2**i, 1, self.shell) for i in range(4)]
+        levels = [level for i, level in enumerate(levels) if i == 0 or self._needs_step_below(level.step_deg * 2)]
+        return search_locally(
+            half.data.take(index), half.cube, half.inverse_noise(), start, levels,
+            shift_sigma_px=s.shift_sigma_fraction * box, check=self.check,
+        )  # fmt: skip
+
+    def _needs_step_below(self, step_deg: float) -> bool:
+        """Say whether half this step still moves the particle's rim by a fifth of the finest wave in use."""
+        rim_px = 0.5 * 0.7 * self.data.box_size_px
+        wave_px = self.data.box_size_px / self.shell
+        return math.radians(step_deg) * rim_px > 0.2 * wave_px
+
+    def _update(self) -> None:
+        one = torch.full((self.grid.n_shells,), 10.0)
+        plain = [half.volume(one) for half in self.halves]
+        masks = [self._mask(half, v) for half, v in zip(self.halves, plain, strict=True)]
+        cubes = [volume_to_cube(v * m, self.grid.max_shell) for v, m in zip(plain, masks, strict=True)]
+        self.fsc = correlate_shells(cubes[0], cubes[1], self.grid)
+        above = self.fsc >= FSC_THRESHOLD
+        crossing = int((~above[1:]).int().argmax()) if not bool(above[1:].all()) else self.grid.n_shells - 1
+        # Two shells beyond the crossing let a resolution that can grow do so; the prior keeps them quiet.
+        shell = min(self.grid.max_shell, max(crossing, 3) + 2.0)
+        self.shell = shell
+        ssnr = ssnr_of(self.fsc, n_halves=1)
+        ssnr = torch.where(torch.arange(self.grid.n_shells) <= shell, ssnr, torch.zeros(()))
+        for half, mask in zip(self.halves, masks, strict=True):
+            half.cube = volume_to_cube(half.volume(ssnr) * mask, self.grid.max_shell)
+
+    def _mask(self, half: _Half, volume: Tensor) -> Tensor:
+        """Return the half's own solvent mask: the sphere at first, the map's wide envelope later."""
+        del half, volume
+        return self.sphere
+
+    def result(self) -> RefinementResult:
+        """Return unfiltered half maps and poses in the input's order."""
+        n = len(self.data)
+        rotations, shifts, gain = torch.eye(3).repeat(n, 1, 1), torch.zeros((n, 2)), torch.zeros(n)
+        for index, half in zip(self.indices, self.halves, strict=True):
+            rotations[index], shifts[index], gain[index] = half.rotations, half.shifts, half.gain
+        flat = torch.full((self.grid.n_shells,), 10.0)
+        return RefinementResult(
+            half1=self.halves[0].volume(flat),
+            half2=self.halves[1].volume(flat),
+            rotations=rotations,
+            shifts_xy_px=shifts,
+            log_likelihood_gain=gain,
+            fsc=self.fsc,
+            n_iterations=self.iteration,
+        )
+
+
+def _take_warm(warm: WarmPoses, index: Tensor) -> WarmPoses:
+    return WarmPoses(warm.rotations[index], warm.shifts_xy_px[index], warm.is_known[index])
+
+
+def _low_passed(volume: Tensor, shell: float, grid: ReconstructionGrid) -> Tensor:
+    """Keep shells up to `shell` (cosine edge of two shells): all that the halves may have in common."""
+    radius = torch.arange(grid.n_shells).float()
+    gain = 0.5 + 0.5 * torch.cos(math.pi * ((radius - shell) / 2.0).clamp(0.0, 1.0))
+    return cube_to_volume(volume_to_cube(volume, grid.max_shell) * grid.spread(gain), volume.shape[-1])
