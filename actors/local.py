@@ -5,25 +5,11 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
 
 from actors.handlers import PreprocessHandler, RankHandler, RunHandler, WorkerSpec, attempt
 from actors.outcomes import WorkCommand, WorkOutcome, event_for, item_of
 from stream.records.commands import CancelRun, Command, Preprocess, Rank, StartRun
 from stream.records.events import Event
-
-
-class Runtime(Protocol):
-    """Where commands run. `submit` returns at once; `poll` gives the events that answer commands."""
-
-    def submit(self, command: Command) -> None:
-        """Take a command; it is answered by exactly one event."""
-
-    def poll(self, timeout_s: float) -> list[Event]:
-        """Return the outcomes that have come in, waiting at most `timeout_s` for a first one."""
-
-    def close(self) -> None:
-        """Stop all work at once; what is unanswered is issued again by the next session."""
 
 
 class LocalRuntime:

@@ -204,13 +204,13 @@ class RayRuntime:
 
 def _connect(pools: PoolSettings) -> None:
     if pools.ray_address is not None:
-        ray.init(address=pools.ray_address, logging_level="WARNING", namespace="icestream")
+        ray.init(address=pools.ray_address, logging_level=logging.WARNING, namespace="icestream")
         return
     ray.init(
         num_cpus=pools.n_preprocess_workers + 2,
         include_dashboard=False,
         object_store_memory=pools.object_store_bytes,
-        logging_level="WARNING",
+        logging_level=logging.WARNING,
         namespace="icestream",
         _node_ip_address="127.0.0.1",
     )

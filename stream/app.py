@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from actors.local import Runtime
+from actors.interface import Runtime
 from stream import __version__
 from stream.config import SessionSettings
 from stream.control.controller import Controller
@@ -42,12 +42,19 @@ SNAPSHOT_INTERVAL_S = 1.0
 class Source(Protocol):
     """Where exposures come from."""
 
-    def poll(self, now: float) -> Sequence[Event]:
-        """Return the files that have settled since the last call."""
+    def poll(self, now: float, *, at: float | None = None) -> Sequence[Event]:
+        """Return the files that have settled since the last call; `now` is monotonic, `at` wall time."""
 
     @property
-    def is_quiet(self) -> bool:
+    def is_idle(self) -> bool:
         """True when the first scan is over and nothing waits to settle."""
+
+    @property
+    def problem(self) -> str | None:
+        """Why nothing can be noticed now, or None."""
+
+    def take_dropped(self) -> list[str]:
+        """Return one line for each file that vanished before its verdict."""
 
     def close(self) -> None:
         """Stop watching."""
@@ -80,6 +87,7 @@ class Service:
         self._next_snapshot = 0.0
         self._is_disk_low = False
         self._n_done_at_size_check = -1
+        self._problem: str | None = None
         self._quarantine_reasons: Counter[str] = Counter()
 
     def open(self) -> None:
@@ -91,8 +99,10 @@ class Service:
     def step(self, timeout_s: float) -> None:
         """Take what has come in, once; waits at most `timeout_s` for it."""
         now = self._clock()
-        events: list[Event] = list(self._source.poll(now)) if not self.controller.is_draining else []
-        events += self._check_disk(now)
+        events: list[Event] = self._check_disk(now)
+        if not self.controller.is_draining:
+            events += self._source.poll(time.monotonic(), at=now)
+            self._tell_troubles()
         events += self._runtime.poll(0.0 if events else timeout_s)
         self._take(events)
         if now >= self._next_snapshot:
@@ -112,7 +122,7 @@ class Service:
     @property
     def is_input_quiet(self) -> bool:
         """True when every file that is there has been taken."""
-        return self._source.is_quiet
+        return self._source.is_idle
 
     @property
     def has_stage_in_work(self) -> bool:
@@ -139,6 +149,13 @@ class Service:
                 self._on_event(event)
             for command in commands:
                 self._runtime.submit(command)
+
+    def _tell_troubles(self) -> None:
+        for line in self._source.take_dropped():
+            log.warning("file_vanished %s", line)
+        if self._source.problem != self._problem:
+            self._problem = self._source.problem
+            log.warning("input_folder %s", self._problem or "is back")
 
     def _check_disk(self, now: float) -> list[Event]:
         if now < self._next_disk_check:

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,15 +15,16 @@ from actors.engines.base import EngineSettings
 from actors.preprocess import PreprocessSettings
 
 from actors.handlers import RankerOptions, WorkerSpec
-from actors.local import LocalRuntime, Runtime
+from actors.interface import Runtime
+from actors.local import LocalRuntime
 from stream import __version__
 from stream.app import Service, write_session
 from stream.config import SessionSettings
 from stream.control.controller import Controller
-from stream.ingest.source import ExposureSource, KnownFile, SourceSettings
+from stream.ingest.source import ExposureSource, KnownExposure, SourceKind, SourceSettings
+from stream.ingest.validation import ExpectedAcquisition, GainSettings
 from stream.records.errors import ConfigurationError
 from stream.records.events import Event
-from stream.records.values import InputKind
 from stream.status import summarize
 from stream.store.journal import Journal
 from stream.store.layout import OutputLayout
@@ -91,16 +93,16 @@ def _preprocess_settings(settings: SessionSettings) -> PreprocessSettings:
 
 def build_source(settings: SessionSettings, controller: Controller) -> ExposureSource:
     """Return the watcher of the session's input, which knows what the journal already has."""
-    kinds = {
-        "movies": InputKind.MOVIE,
-        "micrographs": InputKind.MICROGRAPH,
-        "particles": InputKind.PARTICLES,
-    }
-    kind = next(kinds[key] for key in kinds if getattr(settings, key) is not None)
+    kinds: tuple[SourceKind, ...] = ("movies", "micrographs", "particles")
     i, a = settings.ingest, settings.acquisition
+    gain = None
+    if a.gain is not None:
+        gain = GainSettings(
+            path=a.gain, flip_x=a.gain_flip_x, flip_y=a.gain_flip_y, rotate_deg=a.gain_rotate_deg
+        )
     source_settings = SourceSettings(
         root=settings.source,
-        kind=kind,
+        kind=next(kind for kind in kinds if getattr(settings, kind) is not None),
         include=i.include,
         exclude=i.exclude,
         recursive=i.recursive,
@@ -108,16 +110,20 @@ def build_source(settings: SessionSettings, controller: Controller) -> ExposureS
         settle_s=i.settle_s,
         give_up_s=i.give_up_s,
         poll_interval_s=i.poll_interval_s,
-        pixel_size_angstrom=a.pixel_size_angstrom,
-        voltage_kv=settings.microscope.voltage_kv,
-        dose_e_per_angstrom2=a.dose_e_per_angstrom2,
-        gain=a.gain,
-        gain_flip_x=a.gain_flip_x,
-        gain_flip_y=a.gain_flip_y,
-        gain_rotate_deg=a.gain_rotate_deg,
+        expected=ExpectedAcquisition(
+            pixel_size_angstrom=a.pixel_size_angstrom,
+            voltage_kv=settings.microscope.voltage_kv,
+            dose_e_per_angstrom2=a.dose_e_per_angstrom2,
+        ),
+        gain=gain,
     )
-    known = [KnownFile(r.exposure_id, r.name, r.file) for r in controller.exposures.values()]
-    return ExposureSource(source_settings, known=known)
+    known = [
+        KnownExposure(exposure_id=r.exposure_id, name=r.name, file=r.file)
+        for r in controller.exposures.values()
+    ]
+    source = ExposureSource(source_settings, known=known)
+    source.start()
+    return source
 
 
 def build_runtime(settings: SessionSettings, *, in_process: bool) -> Runtime:
@@ -202,6 +208,20 @@ def draining_on_signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
+class QuietClock:
+    """Tells when something has been so for long enough: a file may land just after a look at the folder."""
+
+    def __init__(self, needed_s: float) -> None:
+        self._needed_s = needed_s
+        self._since: float | None = None
+
+    def has_lasted(self, is_quiet: bool) -> bool:  # noqa: FBT001 - the one thing it is told
+        """Take note of what is so now; True when it has been so for long enough."""
+        now = time.monotonic()
+        self._since = (self._since if self._since is not None else now) if is_quiet else None
+        return self._since is not None and now - self._since >= self._needed_s
+
+
 def run_session(
     settings: SessionSettings,
     *,
@@ -218,10 +238,11 @@ def run_session(
     """
     with draining_on_signals() as stop:
         service = open_service(settings, in_process=in_process, on_event=on_event)
+        quiet = QuietClock(settings.ingest.poll_interval_s + 1.0)
         try:
             while not (stop.is_set() or service.controller.is_finished):
                 service.step(POLL_TIMEOUT_S)
-                if until_idle and has_input_ended() and service.is_input_quiet:
+                if until_idle and quiet.has_lasted(service.is_input_quiet and has_input_ended()):
                     service.end_input()
                 if on_step is not None:
                     on_step(service)
