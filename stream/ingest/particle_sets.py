@@ -43,7 +43,7 @@ __all__ = [
 
 _NPY_MAGIC = b"\x93NUMPY"
 _CSDAT_MAGIC = b"\x95CSDAT"
-_TEXT_COLUMNS = ["rlnImageName", "rlnMicrographName", "rlnOpticsGroupName", "rlnMicrographOriginalPixelSize"]
+_TEXT_COLUMNS = ["rlnImageName", "rlnMicrographName", "rlnOpticsGroupName", "icestreamUid"]
 _STAR_CTF = ("rlnDefocusU", "rlnDefocusV", "rlnDefocusAngle")
 _CS_CTF = ("ctf/df1_A", "ctf/df2_A", "ctf/df_angle_rad", "ctf/accel_kv", "ctf/cs_mm", "ctf/amp_contrast")
 
@@ -269,9 +269,10 @@ def _uids(values: Any, path: Path) -> NDArray[np.uint64] | None:  # noqa: ANN401
     if values is None:
         return None
     try:
-        return np.asarray([int(value) for value in values], dtype=np.uint64)
+        uids = np.asarray([int(value) for value in values], dtype=np.uint64)
     except (TypeError, ValueError, OverflowError) as error:
         raise InputError(path, "column icestreamUid holds unsigned 64-bit integers", error) from error
+    return _check_uids(uids, path)
 
 
 def _texts(values: Any, n: int) -> NDArray[np.object_]:  # noqa: ANN401 - a pandas or numpy column
@@ -283,6 +284,18 @@ def _texts(values: Any, n: int) -> NDArray[np.object_]:  # noqa: ANN401 - a pand
 
 def _text(value: Any) -> str:  # noqa: ANN401 - str or fixed-width bytes
     return value.decode("utf-8", errors="replace") if isinstance(value, bytes) else str(value)
+
+
+def _check_uids(uids: NDArray[np.uint64], path: Path) -> NDArray[np.uint64]:
+    if (uids == 0).any():
+        raise InputError(path, "a particle's uid is not 0", f"row {int((uids == 0).argmax()) + 1}")
+    values, counts = np.unique(uids, return_counts=True)
+    if (counts > 1).any():
+        repeated = int(values[counts > 1][0])
+        raise InputError(
+            path, "every particle has a uid of its own", f"{repeated} is there {counts.max()} times"
+        )
+    return uids
 
 
 def _require(columns: Mapping[str, Any] | Sequence[str], names: Sequence[str], path: Path) -> None:
@@ -338,7 +351,7 @@ def _read_cs(path: Path, root: Path | None, *, require_ctf: bool) -> ParticleTab
         pixel_size_angstrom=pixel_size,
         box_size_px=box,
         optics_groups=number("ctf/exp_group_id", 0.0).astype(np.int64) + 1,
-        uids=rows["uid"].astype(np.uint64) if "uid" in names else None,
+        uids=_check_uids(rows["uid"].astype(np.uint64), path) if "uid" in names else None,
         half_sets=(rows["alignments3D/split"] + 1).astype(np.int8) if "alignments3D/split" in names else None,
         euler_deg=_rotation_vectors_to_euler(rows["alignments3D/pose"]) if has_pose else None,
         origin_xy_angstrom=_cs_origins(rows, pixel_size) if has_pose else None,

@@ -1,8 +1,8 @@
 """Where exposures come from: watcher, settle guard and readers behind one call, `poll`.
 
 `poll(now)` never waits for a file: it drains the watcher, looks again at files whose quiet time is over, hands
-a bounded number of them to reader threads and returns the events of those that are done. Clock: `now` is
-monotonic and handed in; `at` of the events is wall-clock time. Failure: a bad file is a `FileRejected` with one
+a bounded number of them to reader threads and returns the events of those that are done. Clocks: `now` is
+wall-clock time and only stamps events; settling is measured by a monotonic clock handed in at the start. Failure: a bad file is a `FileRejected` with one
 line; a file that vanishes before its verdict is dropped (it never was an exposure); a watched folder that
 vanishes shows in `problem` until it is back.
 """
@@ -10,13 +10,13 @@ vanishes shows in `problem` until it is back.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from stream.ingest.files import fingerprint_file
+from stream.ingest.gain import GainConvention
 from stream.ingest.settle import UNREADABLE_STAT, FileStat, FileState, SettleGuard
 from stream.ingest.validation import (
     ExpectedAcquisition,
@@ -31,13 +31,12 @@ from stream.records.events import ExposureFound, FileRejected
 from stream.records.particles import derive_exposure_id
 from stream.records.values import Exposure, ExposureId, FileIdentity, InputKind
 
-SourceKind = Literal["movies", "micrographs", "particles"]
 SourceEvent = ExposureFound | FileRejected
 
-DEFAULT_INCLUDE: dict[str, tuple[str, ...]] = {
-    "movies": ("*.tif", "*.tiff", "*.mrc", "*.mrcs", "*.eer", "*.st"),
-    "micrographs": ("*.mrc",),
-    "particles": (),
+DEFAULT_INCLUDE: dict[InputKind, tuple[str, ...]] = {
+    InputKind.MOVIE: ("*.tif", "*.tiff", "*.mrc", "*.mrcs", "*.eer", "*.st"),
+    InputKind.MICROGRAPH: ("*.mrc",),
+    InputKind.PARTICLES: (),
 }
 DEFAULT_EXCLUDE = (
     "CountRef_*",
@@ -64,7 +63,7 @@ class SourceSettings:
     """
 
     root: Path
-    kind: SourceKind
+    kind: InputKind
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     recursive: bool = True
@@ -74,15 +73,45 @@ class SourceSettings:
     poll_interval_s: float = 5.0
     rescan_interval_s: float = 30.0
     metadata_wait_s: float = 0.0
-    expected: ExpectedAcquisition = field(default_factory=ExpectedAcquisition)
-    gain: GainSettings | None = None
+    pixel_size_angstrom: float | None = None
+    voltage_kv: float | None = None
+    dose_e_per_angstrom2: float | None = None
+    is_super_resolution: bool = False
+    gain: Path | None = None
+    gain_flip_x: bool = False
+    gain_flip_y: bool = False
+    gain_rotate_deg: int = 0
+    gain_convention: GainConvention = "auto"
     particle_root: Path | None = None
     n_readers: int = 2
     max_in_check: int = 16
 
+    @property
+    def expected(self) -> ExpectedAcquisition:
+        """What each movie's own metadata must agree with."""
+        return ExpectedAcquisition(
+            pixel_size_angstrom=self.pixel_size_angstrom,
+            voltage_kv=self.voltage_kv,
+            dose_e_per_angstrom2=self.dose_e_per_angstrom2,
+            allow_factor_two=self.is_super_resolution,
+        )
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KnownExposure:
+    @property
+    def gain_settings(self) -> GainSettings | None:
+        """How the gain reference lies; None without one, and for input that is corrected already."""
+        if self.gain is None or self.kind is not InputKind.MOVIE:
+            return None
+        return GainSettings(
+            path=self.gain,
+            flip_x=self.gain_flip_x,
+            flip_y=self.gain_flip_y,
+            rotate_deg=self.gain_rotate_deg,
+            convention=self.gain_convention,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class KnownFile:
     """What the journal already has: found or rejected, under this name, with this file."""
 
     exposure_id: ExposureId
@@ -103,23 +132,36 @@ class ExposureSource:
     ----------
     known
         What earlier runs of the service were offered; a file that has not changed since is not offered again.
+    monotonic
+        The clock by which files settle.
     """
 
-    def __init__(self, settings: SourceSettings, *, known: Iterable[KnownExposure] = ()) -> None:
+    def __init__(
+        self,
+        settings: SourceSettings,
+        *,
+        known: Iterable[KnownFile] = (),
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._settings = settings
-        self._is_file = settings.kind == "particles"
+        self._monotonic = monotonic
+        self._is_file = settings.kind is InputKind.PARTICLES
         self._root = settings.root.absolute()
         self._base = self._root.parent if self._is_file else self._root
         self._guard = SettleGuard(settings.settle_s, give_up_s=max(settings.give_up_s, settings.settle_s))
-        self._gain = None if settings.gain is None else GainCheck(settings.gain)
+        gain = settings.gain_settings
+        self._gain = None if gain is None else GainCheck(gain)
         self._names: dict[str, ExposureId] = {}
         self._name_of: dict[ExposureId, str] = {}
         self._offered: dict[str, FileStat] = {}
         self._unreadable: set[str] = set()
+        self._known_files: dict[ExposureId, FileStat] = {}
         for item in known:
             self._names[item.name] = item.exposure_id
             self._name_of[item.exposure_id] = item.name
-            self._offered[item.file.path] = _stat_of(item.file)
+            self._known_files[item.exposure_id] = _stat_of(item.file)
+            if not self._is_file:  # of a particle file, the journal may have only some of its exposures
+                self._offered[item.file.path] = _stat_of(item.file)
             if item.file.fingerprint == UNREADABLE:
                 self._unreadable.add(item.file.path)
         self._watcher = None if self._is_file else self._make_watcher()
@@ -130,12 +172,13 @@ class ExposureSource:
         self._dropped: list[str] = []
         self._next_retry = 0.0
         self._has_polled = False
+        self._is_started = False
 
     def _make_watcher(self) -> FolderWatcher:
         s = self._settings
         exclude = (*DEFAULT_EXCLUDE, *s.exclude)
-        if s.gain is not None and s.gain.path.absolute().is_relative_to(self._root):
-            exclude = (*exclude, s.gain.path.absolute().relative_to(self._root).as_posix())
+        if s.gain is not None and s.gain.absolute().is_relative_to(self._root):
+            exclude = (*exclude, "./" + s.gain.absolute().relative_to(self._root).as_posix())
         return FolderWatcher(
             self._root,
             include=s.include or DEFAULT_INCLUDE[s.kind],
@@ -162,37 +205,33 @@ class ExposureSource:
         return self._guard.n_unsettled
 
     @property
-    def is_idle(self) -> bool:
-        """Whether every file that has been noticed has its verdict."""
+    def is_quiet(self) -> bool:
+        """Whether the first scan is over and every file that has been noticed has its verdict."""
         return self._has_polled and self._problem is None and self.n_pending == 0
 
     def start(self) -> None:
-        """Begin to watch; files that are already there come with the first polls.
+        """Begin to watch; files that are already there come with the first polls. The first `poll` does it, too.
 
         Raises
         ------
         ConfigurationError
             The folder (or particle file) does not exist, or the gain reference is not there.
         """
-        gain = self._settings.gain
+        if self._is_started:
+            return
+        gain = self._settings.gain_settings
         if gain is not None and not gain.path.is_file():
             raise ConfigurationError(gain.path, "the gain reference is a file that exists")
         if self._watcher is not None:
             self._watcher.start()
         elif not self._root.is_file():
             raise ConfigurationError(self._root, "the particle file exists")
+        self._is_started = True
 
-    def poll(self, now: float, *, at: float | None = None) -> list[SourceEvent]:
-        """Return what has become certain since the last call.
-
-        Parameters
-        ----------
-        now
-            Monotonic seconds.
-        at
-            Seconds since the epoch for the events; the system's clock when None.
-        """
-        at = time.time() if at is None else at
+    def poll(self, now: float) -> list[SourceEvent]:
+        """Return what has become certain since the last call, stamped with `now` (seconds since the epoch)."""
+        at, now = now, self._monotonic()
+        self.start()
         self._notice(now)
         self._retry_unreadable(now)
         for path in self._guard.due(now):
@@ -244,6 +283,7 @@ class ExposureSource:
                 continue
             self._unreadable.discard(path)
             self._offered.pop(path, None)
+            self._known_files.pop(derive_exposure_id(Path(path).relative_to(self._base).as_posix()), None)
             self._guard.vanish(path)
             self._look(path, now)
 
@@ -281,13 +321,16 @@ class ExposureSource:
         try:
             if self._is_file:
                 return _Verdict(
-                    tuple(validate_particle_file(path, relative, root=self._settings.particle_root))
+                    tuple(
+                        validate_particle_file(
+                            path, relative, self._settings.expected, root=self._settings.particle_root
+                        )
+                    )
                 )
-            kind = InputKind.MOVIE if self._settings.kind == "movies" else InputKind.MICROGRAPH
             exposure = validate_image_file(
                 path,
                 relative,
-                kind,
+                self._settings.kind,
                 expected=self._settings.expected,
                 gain=self._gain,
                 is_metadata_awaited=is_metadata_awaited,
@@ -320,7 +363,9 @@ class ExposureSource:
         if not self._guard.accept(path, stat):
             return []
         self._offered[path] = stat
-        return [ExposureFound(at=at, exposure=self._named(exposure)) for exposure in exposures]
+        new = [e for e in exposures if self._known_files.get(e.exposure_id) != stat]
+        self._known_files.update({exposure.exposure_id: stat for exposure in new})
+        return [ExposureFound(at=at, exposure=self._named(exposure)) for exposure in new]
 
     def _refuse(
         self, path: str, stat: FileStat, error: IcestreamError, now: float, at: float
@@ -336,6 +381,9 @@ class ExposureSource:
             return []
         self._offered[path] = stat
         exposure_id = derive_exposure_id(Path(path).relative_to(self._base).as_posix())
+        if self._known_files.get(exposure_id) == stat:
+            return []
+        self._known_files[exposure_id] = stat
         name = self._unique_name(exposure_id, Path(path).stem, is_nested=Path(path).parent != self._base)
         identity = _identify_rejected(path, stat)
         if identity.fingerprint == UNREADABLE:

@@ -136,9 +136,17 @@ def _merge(metadata: AcquisitionMetadata, header: MovieHeader) -> AcquisitionMet
     )
 
 
-def validate_particle_file(path: Path, relative_path: str, *, root: Path | None) -> list[Exposure]:
-    """Return one exposure per micrograph of a particle file; every stack and index has been checked."""
+def validate_particle_file(
+    path: Path, relative_path: str, expected: ExpectedAcquisition, *, root: Path | None
+) -> list[Exposure]:
+    """Return one exposure per micrograph of a particle file; every stack and index has been checked.
+
+    The voltage must agree with the configuration; the pixel size is the file's own (particles are rescaled).
+    """
     table = read_particle_table_cached(path, root=root)
+    for voltage_kv in sorted(set(table.voltage_kv.tolist())):
+        stated = AcquisitionMetadata(voltage_kv=voltage_kv, source=str(path))
+        check_against_configuration(stated, path, voltage_kv=expected.voltage_kv)
     file: FileIdentity = identify_file(path)
     exposures = []
     for group in split_by_micrograph(table):

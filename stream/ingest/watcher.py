@@ -73,7 +73,8 @@ def is_temporary_name(name: str) -> bool:
 class PathFilter:
     """Glob patterns over paths below a root; case does not matter (microscopes write `.TIF`, too).
 
-    A pattern with a slash is matched against the path relative to the root, one without against the name.
+    A pattern with a slash is matched against the path relative to the root (a leading `./` says so for a file
+    in the root itself), one without against the name.
     """
 
     def __init__(self, root: Path, include: Sequence[str], exclude: Sequence[str]) -> None:
@@ -95,7 +96,12 @@ class PathFilter:
     @staticmethod
     def _is_any(patterns: Sequence[str], text: str) -> bool:
         name = text.rsplit("/", 1)[-1]
-        return any(fnmatch.fnmatchcase(text if "/" in pattern else name, pattern) for pattern in patterns)
+        return any(
+            fnmatch.fnmatchcase(text, pattern.removeprefix("./"))
+            if "/" in pattern
+            else fnmatch.fnmatchcase(name, pattern)
+            for pattern in patterns
+        )
 
 
 class _Handler(FileSystemEventHandler):
