@@ -7,6 +7,7 @@ that `rate()` sees the first increment.
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Iterable
 
@@ -61,13 +62,15 @@ def classify_reason(text: str) -> str:
     return "other"
 
 
-class SilentCreatedRegistry(CollectorRegistry):
-    """A registry without the `_created` samples, which double every counter and mean nothing after a replay."""
+class TidyRegistry(CollectorRegistry):
+    """A registry without `_created` samples, which mean nothing after a replay, and without values not yet known."""
 
     def collect(self) -> Iterable[Metric]:
         """Yield every family of every collector."""
         for family in super().collect():
-            family.samples = [s for s in family.samples if not s.name.endswith("_created")]
+            family.samples = [
+                s for s in family.samples if not s.name.endswith("_created") and not math.isnan(s.value)
+            ]
             yield family
 
 
@@ -75,7 +78,7 @@ class Series:
     """The declared series, registered in a registry of their own (no globals)."""
 
     def __init__(self, version: str) -> None:
-        self.registry = SilentCreatedRegistry(auto_describe=True)
+        self.registry = TidyRegistry(auto_describe=True)
         ProcessCollector(registry=self.registry)
         self._declare_flow()
         self._declare_particles()
@@ -182,10 +185,10 @@ class Series:
         self.registry.register(self.scores)
         self.score_median = Gauge(
             "icestream_particle_score_median",
-            "Pooled median score of the latest movies (50 unless told otherwise), 0 to 1; NaN before the first.",
+            "Pooled median score of the latest movies (50 unless told otherwise), 0 to 1.",
             registry=self.registry,
         )
-        self.score_median.set(float("nan"))
+        self.score_median.set(math.nan)  # not shown until there is one
         self.batch_size = Histogram(
             "icestream_batch_size",
             "Particles per batch given to the ranker.",

@@ -374,8 +374,10 @@ def test_recent_median_is_the_pooled_median_of_the_last_movies(movies: list[list
     assert lower / 100 <= centre <= (lower + 1) / 100
 
 
-def test_score_median_forgets_old_movies():
+def test_score_median_is_absent_at_first_and_forgets_old_movies():
     telemetry = Telemetry("1", n_recent_movies=2)
+    telemetry.observe(ranked("empty", 1.0, {}))
+    assert value(telemetry, "icestream_particle_score_median") is None
     for index, score_bin in enumerate((90, 90, 20, 20)):
         telemetry.observe(ranked(str(index), 1.0, {score_bin: 10}))
     assert value(telemetry, "icestream_particle_score_median") == pytest.approx(0.205)
