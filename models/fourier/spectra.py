@@ -65,9 +65,9 @@ def average_tile_power(
 
 
 def _tile_starts(n: int, tile_px: int, overlap: float) -> list[int]:
-    step = max(1, int(round(tile_px * (1.0 - overlap))))
+    step = max(1, round(tile_px * (1.0 - overlap)))
     n_tiles = max(1, math.ceil((n - tile_px) / step) + 1)
-    return [int(round(s)) for s in np.linspace(0, n - tile_px, n_tiles)]
+    return [round(float(s)) for s in np.linspace(0, n - tile_px, n_tiles)]
 
 
 def half_from_centred(power: Float[Tensor, "n n"]) -> Float[Tensor, "n nr"]:

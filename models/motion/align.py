@@ -267,7 +267,11 @@ def _unit(angle: Tensor) -> Tensor:
 
 
 def path_length_angstrom(
-    shifts_px: Float[Tensor, "frame 2"], pixel_size_angstrom: float, *, first: int = 0, last: int | None = None
+    shifts_px: Float[Tensor, "frame 2"],
+    pixel_size_angstrom: float,
+    *,
+    first: int = 0,
+    last: int | None = None,
 ) -> float:
     """Return the length of the trajectory between frames `first` and `last` (inclusive) in Å."""
     part = shifts_px[first : None if last is None else last + 1]

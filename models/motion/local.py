@@ -210,9 +210,7 @@ class _Patches:
         return peaks - peaks[:, :1]
 
 
-def _held_out_gain(
-    patches: _Patches, windows: Tensor, coefficients: Float[Tensor, "2 6 3"]
-) -> float:
+def _held_out_gain(patches: _Patches, windows: Tensor, coefficients: Float[Tensor, "2 6 3"]) -> float:
     """Return the relative rise of the correlation on patches that a fit has not seen, over both colours."""
     gained, before = 0.0, 0.0
     for colour in (True, False):

@@ -9,6 +9,7 @@ of the cost of warping every frame. What a shift brings in across the edge wraps
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Complex, Float
@@ -40,6 +41,14 @@ def _padded_length(n: int, binning: float) -> int:
     return good_size(n)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SummedMovie:
+    """The micrograph, and the plain sum with whole-frame shifts alone: Thon rings are best seen in that one."""
+
+    micrograph: Float[Tensor, "y2 x2"]
+    unweighted: Float[Tensor, "y2 x2"]
+
+
 def sum_frames(
     frames: Iterable[Float[Tensor, "y x"]],
     shifts_px: Float[Tensor, "frame 2"],
@@ -49,10 +58,10 @@ def sum_frames(
     voltage_kv: float,
     local: LocalMotion | None = None,
     binning: float = 1.0,
-) -> Float[Tensor, "y2 x2"]:
-    """Return the aligned sum, dose-weighted when exposures are given, Fourier-cropped by `binning` (≥ 1).
+) -> SummedMovie:
+    """Return the aligned sums, dose-weighted when exposures are given, Fourier-cropped by `binning` (≥ 1).
 
-    With or without dose weights the sum has the mean and the noise power of a plain sum of the frames
+    With or without dose weights a sum has the mean and the noise power of a plain sum of the frames
     (per pixel of the binned image: grey values keep their mean on cropping).
     """
     n_frames = len(shifts_px)
@@ -61,8 +70,9 @@ def sum_frames(
     padded = cropped = shape = (0, 0)
     weights = _Weights(accumulated_e_per_angstrom2, voltage_kv)
     group: Tensor | None = None
+    plain: Tensor | None = None
     mean = 0.0
-    index = 0
+    index = -1
     for index, frame in enumerate(frames):
         if result is None:
             height, width = (int(n) for n in frame.shape)
@@ -75,8 +85,10 @@ def sum_frames(
         mean += frame_mean
         spectrum = crop_rfft2(torch.fft.rfft2(frame - frame_mean, s=padded), padded, cropped)
         scale = torch.tensor([cropped[0] / padded[0], cropped[1] / padded[1]])
-        spectrum = weights.apply(spectrum * shift_phases(cropped, shifts_px[index] * scale), index)
-        group = spectrum if group is None else group + spectrum
+        spectrum = spectrum * shift_phases(cropped, shifts_px[index] * scale)
+        plain = spectrum if plain is None else plain.add_(spectrum)
+        spectrum = weights.apply(spectrum, index)
+        group = spectrum.clone() if group is None else group.add_(spectrum)
         if index + 1 in groups:
             image = torch.fft.irfft2(weights.normalise(group), s=cropped)[: shape[0], : shape[1]]
             if local is None:
@@ -85,9 +97,10 @@ def sum_frames(
                 members = torch.arange(groups[index + 1], index + 1, dtype=torch.float32)
                 _add_warped(result, image, local, members, binning)
             group = None
-    if result is None or index + 1 != n_frames:
+    if result is None or plain is None or index + 1 != n_frames:
         raise ValueError(f"frames: {index + 1}, there are {n_frames} shifts")
-    return result + mean
+    unweighted = torch.fft.irfft2(plain, s=cropped)[: shape[0], : shape[1]] + mean
+    return SummedMovie(micrograph=result + mean, unweighted=unweighted)
 
 
 class _Weights:
@@ -136,7 +149,11 @@ def _spread(field: Float[Tensor, "frame point 2"]) -> float:
 
 
 def _add_warped(
-    result: Tensor, image: Float[Tensor, "y x"], local: LocalMotion, members: Float[Tensor, "frame"], binning: float
+    result: Tensor,
+    image: Float[Tensor, "y x"],
+    local: LocalMotion,
+    members: Float[Tensor, "frame"],
+    binning: float,
 ) -> None:
     """Add to `result` (in place: it is this module's accumulator) the image moved by the group's mean field."""
     height, width = (int(n) for n in image.shape)
@@ -148,12 +165,13 @@ def _add_warped(
         yy, xx = torch.meshgrid(rows, x, indexing="ij")
         shift = spatial_basis(yy / height - 0.5, xx / width - 0.5) @ at_time.T / binning
         grid = torch.stack(
-            [(xx - shift[..., 1]) * (2.0 / (width - 1)) - 1.0, (yy - shift[..., 0]) * (2.0 / (height - 1)) - 1.0],
+            [
+                (xx - shift[..., 1]) * (2.0 / (width - 1)) - 1.0,
+                (yy - shift[..., 0]) * (2.0 / (height - 1)) - 1.0,
+            ],
             dim=-1,
         )
         warped = torch.nn.functional.grid_sample(
             image[None, None], grid[None], mode="bicubic", padding_mode="reflection", align_corners=True
         )
         result[top : top + len(rows)] += warped[0, 0]
-
-

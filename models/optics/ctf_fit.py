@@ -14,7 +14,6 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 from scipy.interpolate import BSpline
@@ -127,12 +126,39 @@ def score_ctf_spectrum(
     finest = max(search.finest_resolution_angstrom, 2.05 * pixel_size_angstrom)
     limits = (search.coarsest_resolution_angstrom, finest)
     correlator = _Correlator.build(power, pixel_size_angstrom, microscope, limits)
+    wide = _to_nyquist(power, pixel_size_angstrom, microscope, search.coarsest_resolution_angstrom)
+    return _describe(correlator, wide, _point(fitted))
+
+
+@dataclass(frozen=True, slots=True)
+class CtfProfile:
+    """Ring profiles to Nyquist along lines of equal phase: `contrast` is P / background − 1, `ctf2` the fit's."""
+
+    k: _FLOAT
+    contrast: _FLOAT
+    ctf2: _FLOAT
+
+
+def profile_ctf(
+    power: Float[Tensor, "n nr"],
+    pixel_size_angstrom: float,
+    microscope: Microscope,
+    fitted: FittedCtf,
+    *,
+    coarsest_resolution_angstrom: float = 30.0,
+) -> CtfProfile:
+    """Return the data's and the fit's ring profiles, for pictures and reports."""
+    wide = _to_nyquist(power, pixel_size_angstrom, microscope, coarsest_resolution_angstrom)
+    contrast, ctf2 = _equiphase_profiles(wide, _point(fitted))
+    return CtfProfile(wide.k, contrast, ctf2)
+
+
+def _point(fitted: FittedCtf) -> _FLOAT:
     astigmatism = fitted.defocus_u_angstrom - fitted.defocus_v_angstrom
     angle = math.radians(2.0 * fitted.astigmatism_angle_deg)
     mean = 0.5 * (fitted.defocus_u_angstrom + fitted.defocus_v_angstrom)
     cosine, sine = astigmatism * math.cos(angle), astigmatism * math.sin(angle)
-    wide = _to_nyquist(power, pixel_size_angstrom, microscope, search.coarsest_resolution_angstrom)
-    return _describe(correlator, wide, np.array([mean, cosine, sine, fitted.phase_shift_deg]))
+    return np.array([mean, cosine, sine, fitted.phase_shift_deg])
 
 
 def _to_nyquist(
@@ -321,7 +347,7 @@ def _fit_resolution(correlator: _Correlator, point: _FLOAT) -> float:
     rings (at least seven Fourier pixels) around each shell; the limit is the last shell before the
     correlation has stayed below the threshold for a whole window.
     """
-    rings, trial = equiphase_profiles(correlator, point)
+    rings, trial = _equiphase_profiles(correlator, point)
     z = float(point[0])
     k = correlator.k
     spacing = float(k[1] - k[0]) if len(k) > 1 else 1.0
@@ -341,7 +367,7 @@ def _fit_resolution(correlator: _Correlator, point: _FLOAT) -> float:
     return math.inf if last < 0 else 1.0 / float(k[last])
 
 
-def equiphase_profiles(correlator: _Correlator, point: _FLOAT) -> tuple[_FLOAT, _FLOAT]:
+def _equiphase_profiles(correlator: _Correlator, point: _FLOAT) -> tuple[_FLOAT, _FLOAT]:
     """Return (contrast, CTF²) over the rings of the mean defocus, each sector stretched to the same phase."""
     mean = np.array([point[0], 0.0, 0.0, point[3]])
     trial = correlator.ctf2(mean)[0]
@@ -360,5 +386,3 @@ def _correlation(a: _FLOAT, b: _FLOAT) -> float:
     a = a - a.mean() - x * (x @ (a - a.mean())) / (x @ x)
     b = b - b.mean() - x * (x @ (b - b.mean())) / (x @ x)
     return float(a @ b / (math.sqrt(float(a @ a) * float(b @ b)) + 1e-20))
-
-

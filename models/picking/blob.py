@@ -51,9 +51,7 @@ class Picks:
     excluded_fraction: float
 
 
-def pick_blobs(
-    micrograph: Float[Tensor, "h w"], pixel_size_angstrom: float, settings: BlobSettings
-) -> Picks:
+def pick_blobs(micrograph: Float[Tensor, "h w"], pixel_size_angstrom: float, settings: BlobSettings) -> Picks:
     """Pick dark blobs of the given diameters."""
     if settings.min_diameter_angstrom <= 4.0 * pixel_size_angstrom:
         raise ValueError(
