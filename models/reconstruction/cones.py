@@ -8,7 +8,6 @@ Only half of the sphere is kept: a real map has the same value (conjugate) at âˆ
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -28,20 +27,30 @@ _BIN_N_SIDE = 32
 _EXACT_SHELLS = 12
 """Shells summed coefficient by coefficient: few, and just where a cone holds too few to average."""
 
-Membership = Callable[[Float[Tensor, "d k"]], Bool[Tensor, "d k"]]
-"""Says from |cos| of the angle between direction and coefficient whether the coefficient is counted."""
+
+@dataclass(frozen=True, slots=True)
+class Cone:
+    """Coefficients within `half_angle_deg` of the direction or its opposite."""
+
+    half_angle_deg: float
+
+    def holds(self, cosine: Float[Tensor, "d k"]) -> Bool[Tensor, "d k"]:
+        """Say from |cos| of the angle between direction and coefficient which are counted."""
+        return cosine >= math.cos(math.radians(self.half_angle_deg))
 
 
-def is_in_cone(half_angle_deg: float) -> Membership:
-    """Return the membership in a double cone around the direction."""
-    limit = math.cos(math.radians(half_angle_deg))
-    return lambda cosine: cosine >= limit
+@dataclass(frozen=True, slots=True)
+class Slab:
+    """Coefficients within `half_angle_deg` of the plane normal to the direction: what a view measures."""
+
+    half_angle_deg: float
+
+    def holds(self, cosine: Float[Tensor, "d k"]) -> Bool[Tensor, "d k"]:
+        """Say from |cos| of the angle between direction and coefficient which are counted."""
+        return cosine <= math.sin(math.radians(self.half_angle_deg))
 
 
-def is_in_slab(half_angle_deg: float) -> Membership:
-    """Return the membership in the slab around the plane normal to the direction (what a view measures)."""
-    limit = math.sin(math.radians(half_angle_deg))
-    return lambda cosine: cosine <= limit
+Region = Cone | Slab
 
 
 @lru_cache(maxsize=1)
@@ -142,7 +151,7 @@ def _layout(size_px: int) -> _Layout:
 def directional_sums(
     a: Complex[Tensor, "n n nr"],
     b: Complex[Tensor, "n n nr"],
-    is_member: Membership,
+    region: Region,
     *,
     group: Float[Tensor, "g 3 3"] | None = None,
 ) -> DirectionalSums:
@@ -150,7 +159,8 @@ def directional_sums(
 
     With a point group, sums and counts are averaged over the group's images of each direction.
     """
-    layout = _layout(int(a.shape[0]))
+    size_px = int(a.shape[0])
+    layout = _layout(size_px)
     a, b = a.cpu().flatten(), b.cpu().flatten()
     quantities = torch.stack(
         ((a * b.conj()).real, a.real.square() + a.imag.square(), b.real.square() + b.imag.square())
@@ -159,14 +169,20 @@ def directional_sums(
     columns = torch.cat((_binned(quantities, layout), _exact(quantities, layout)), dim=0)
     directions = half_directions()
     if group is None or group.shape[0] == 1:
-        sums = is_member((directions @ layout.unit.T).abs()).float() @ columns
+        sums = _membership(size_px, region) @ columns
     else:
         representatives, nearest = _orbits(group.to(directions))
         images = torch.einsum("gij,rj->rgi", group.to(directions), representatives).reshape(-1, 3)
-        of_images = is_member((images @ layout.unit.T).abs()).float() @ columns
+        of_images = region.holds((images @ layout.unit.T).abs()).float() @ columns
         sums = of_images.reshape(representatives.shape[0], group.shape[0], -1).mean(dim=1)[nearest]
     cross, power_a, power_b, count = sums.reshape(directions.shape[0], 4, layout.n_shells).unbind(1)
     return DirectionalSums(cross=cross, power_a=power_a, power_b=power_b, count=count)
+
+
+# One entry of about 60 MB: the null maps ask for the same matrix some twenty times.
+@lru_cache(maxsize=1)
+def _membership(size_px: int, region: Region) -> Float[Tensor, "d c"]:
+    return region.holds((half_directions() @ _layout(size_px).unit.T).abs()).float()
 
 
 def _orbits(group: Float[Tensor, "g 3 3"]) -> tuple[Float[Tensor, "r 3"], Int[Tensor, " d"]]:

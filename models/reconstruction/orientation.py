@@ -20,11 +20,11 @@ from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
 from models.reconstruction.cones import (
-    Membership,
+    Cone,
+    Region,
+    Slab,
     directional_sums,
     half_directions,
-    is_in_cone,
-    is_in_slab,
 )
 from models.reconstruction.fsc import (
     GOLD_STANDARD_THRESHOLD,
@@ -35,6 +35,7 @@ from models.reconstruction.fsc import (
 from models.reconstruction.sampling import Sampling, sampling_factor, view_directions
 
 CONE_HALF_ANGLE_DEG = 20.0
+CONE = Cone(CONE_HALF_ANGLE_DEG)
 MINIMUM_MEMBERS = 5
 """Coefficient pairs a cone needs on a shell; below, its FSC is undefined (shells 1-3 have empty cones)."""
 
@@ -199,11 +200,10 @@ def conical_fsc(
     b: Complex[Tensor, "n n nr"],
     group: Float[Tensor, "g 3 3"] | None = None,
     *,
-    is_member: Membership | None = None,
+    region: Region = CONE,
 ) -> Float[Tensor, "d shells"]:
     """Return the FSC around each of `half_directions()` from half spectra; NaN where a cone is too empty."""
-    chosen = is_in_cone(CONE_HALF_ANGLE_DEG) if is_member is None else is_member
-    return directional_sums(a, b, chosen, group=group).correlation(MINIMUM_MEMBERS)
+    return directional_sums(a, b, region, group=group).correlation(MINIMUM_MEMBERS)
 
 
 def crossing_shells(
@@ -291,7 +291,7 @@ def relative_signal(
 
     Values below 1 mark views whose absence hurts the map (icestream's definition).
     """
-    slab = conical_fsc(a, b, group, is_member=is_in_slab(CONE_HALF_ANGLE_DEG))
+    slab = conical_fsc(a, b, group, region=Slab(CONE_HALF_ANGLE_DEG))
     area = weighted_area(slab, crossing_shells(slab), power=2)
     return area / area.mean().clamp_min(1e-12)
 

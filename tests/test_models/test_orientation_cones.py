@@ -9,11 +9,11 @@ import torch
 
 from models.fourier.point_groups import symmetry_matrices
 from models.reconstruction.cones import (
+    Cone,
+    Slab,
     directional_sums,
     half_directions,
     healpix_pixel,
-    is_in_cone,
-    is_in_slab,
 )
 from models.reconstruction.fsc import fourier_shell_correlation, shell_index
 from models.reconstruction.grids import healpix_directions, random_rotations
@@ -102,7 +102,7 @@ def test_sums_are_exact_in_the_inner_shells_and_count_each_pair_once(size):
     k = torch.fft.fftfreq(size) * size
     kz, ky, kx = torch.meshgrid(k, k, k, indexing="ij")
     radius = (kx**2 + ky**2 + kz**2).sqrt()
-    sums = directional_sums(torch.fft.rfftn(a), torch.fft.rfftn(b), is_in_cone(20))
+    sums = directional_sums(torch.fft.rfftn(a), torch.fft.rfftn(b), Cone(20))
     for d in (0, 400, 1535):
         x, y, z = half_directions()[d]
         cosine = ((x * kx + y * ky + z * kz) / radius.clamp_min(1e-6)).abs()
@@ -228,7 +228,7 @@ def test_symmetry_averages_a_noise_cone_over_its_images():
 
 def test_the_slab_is_the_complement_of_a_cone():
     a = noise_spectrum(24, gen())
-    slab, cone = directional_sums(a, a, is_in_slab(20)), directional_sums(a, a, is_in_cone(70))
+    slab, cone = directional_sums(a, a, Slab(20)), directional_sums(a, a, Cone(70))
     total = (slab.count + cone.count)[:, 10]
     torch.testing.assert_close(total, total[0].expand(1536), rtol=1e-4, atol=0.51)
 
@@ -263,8 +263,8 @@ def test_inputs_of_other_shapes_are_refused_by_name():
 def test_sums_under_a_group_are_the_mean_over_each_directions_images():
     a = noise_spectrum(24, gen(4))
     group = symmetry_matrices("D2")
-    plain = directional_sums(a, a, is_in_cone(20))
-    symmetric = directional_sums(a, a, is_in_cone(20), group=group)
+    plain = directional_sums(a, a, Cone(20))
+    symmetric = directional_sums(a, a, Cone(20), group=group)
     directions = half_directions()
     # D2 maps HEALPix onto itself, so that the mean over images can be read off the plain sums.
     images = torch.einsum("gij,dj->dgi", group, directions)
