@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import models.cryoranker
 from actors.engines.base import EngineSettings
 from actors.preprocess import PreprocessSettings
 from stream.records.commands import Preprocess, Rank, StartRun
@@ -23,7 +22,6 @@ from stream.records.values import FailureKind, InputKind, PreprocessResult, Rank
 from stream.store.layout import OutputLayout
 
 log = logging.getLogger(__name__)
-DEFAULT_MODEL = Path(models.cryoranker.__file__).with_name("default.onnx")
 Outcome = TypeVar("Outcome")
 
 
@@ -85,7 +83,7 @@ class RankHandler:
     """Scores particles in batches that may span exposures; `process` may be called from many threads."""
 
     def __init__(self, spec: WorkerSpec) -> None:
-        from models.cryoranker.serve import OnnxRanker
+        from models.cryoranker.serve import DEFAULT_MODEL, OnnxRanker
 
         from actors.ranker import BatchingRanker
         from stream.store.feature_cache import FeatureCache

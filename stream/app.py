@@ -42,11 +42,11 @@ SNAPSHOT_INTERVAL_S = 1.0
 class Source(Protocol):
     """Where exposures come from."""
 
-    def poll(self, now: float, *, at: float | None = None) -> Sequence[Event]:
-        """Return the files that have settled since the last call; `now` is monotonic, `at` wall time."""
+    def poll(self, now: float) -> Sequence[Event]:
+        """Return the files that have settled since the last call, stamped with `now`."""
 
     @property
-    def is_idle(self) -> bool:
+    def is_quiet(self) -> bool:
         """True when the first scan is over and nothing waits to settle."""
 
     @property
@@ -101,7 +101,7 @@ class Service:
         now = self._clock()
         events: list[Event] = self._check_disk(now)
         if not self.controller.is_draining:
-            events += self._source.poll(time.monotonic(), at=now)
+            events += self._source.poll(now)
             self._tell_troubles()
         events += self._runtime.poll(0.0 if events else timeout_s)
         self._take(events)
@@ -122,7 +122,7 @@ class Service:
     @property
     def is_input_quiet(self) -> bool:
         """True when every file that is there has been taken."""
-        return self._source.is_idle
+        return self._source.is_quiet
 
     @property
     def has_stage_in_work(self) -> bool:

@@ -12,19 +12,18 @@ from contextlib import contextmanager
 from typing import Any
 
 from actors.engines.base import EngineSettings
-from actors.preprocess import PreprocessSettings
-
 from actors.handlers import RankerOptions, WorkerSpec
 from actors.interface import Runtime
 from actors.local import LocalRuntime
+from actors.preprocess import PreprocessSettings
 from stream import __version__
 from stream.app import Service, write_session
 from stream.config import SessionSettings
 from stream.control.controller import Controller
-from stream.ingest.source import ExposureSource, KnownExposure, SourceKind, SourceSettings
-from stream.ingest.validation import ExpectedAcquisition, GainSettings
+from stream.ingest.source import ExposureSource, KnownFile, SourceSettings
 from stream.records.errors import ConfigurationError
 from stream.records.events import Event
+from stream.records.values import InputKind
 from stream.status import summarize
 from stream.store.journal import Journal
 from stream.store.layout import OutputLayout
@@ -64,6 +63,8 @@ def build_worker_spec(settings: SessionSettings) -> WorkerSpec:
             n_threads=n_threads,
             n_starts=settings.engine.n_starts,
             seed=settings.engine.seed,
+            effort=settings.engine.effort,
+            max_box_px=settings.engine.max_box_px,
         ),
     )
 
@@ -93,16 +94,15 @@ def _preprocess_settings(settings: SessionSettings) -> PreprocessSettings:
 
 def build_source(settings: SessionSettings, controller: Controller) -> ExposureSource:
     """Return the watcher of the session's input, which knows what the journal already has."""
-    kinds: tuple[SourceKind, ...] = ("movies", "micrographs", "particles")
+    kinds = {
+        "movies": InputKind.MOVIE,
+        "micrographs": InputKind.MICROGRAPH,
+        "particles": InputKind.PARTICLES,
+    }
     i, a = settings.ingest, settings.acquisition
-    gain = None
-    if a.gain is not None:
-        gain = GainSettings(
-            path=a.gain, flip_x=a.gain_flip_x, flip_y=a.gain_flip_y, rotate_deg=a.gain_rotate_deg
-        )
     source_settings = SourceSettings(
         root=settings.source,
-        kind=next(kind for kind in kinds if getattr(settings, kind) is not None),
+        kind=next(kind for key, kind in kinds.items() if getattr(settings, key) is not None),
         include=i.include,
         exclude=i.exclude,
         recursive=i.recursive,
@@ -110,17 +110,15 @@ def build_source(settings: SessionSettings, controller: Controller) -> ExposureS
         settle_s=i.settle_s,
         give_up_s=i.give_up_s,
         poll_interval_s=i.poll_interval_s,
-        expected=ExpectedAcquisition(
-            pixel_size_angstrom=a.pixel_size_angstrom,
-            voltage_kv=settings.microscope.voltage_kv,
-            dose_e_per_angstrom2=a.dose_e_per_angstrom2,
-        ),
-        gain=gain,
+        pixel_size_angstrom=a.pixel_size_angstrom,
+        voltage_kv=settings.microscope.voltage_kv,
+        dose_e_per_angstrom2=a.dose_e_per_angstrom2,
+        gain=a.gain,
+        gain_flip_x=a.gain_flip_x,
+        gain_flip_y=a.gain_flip_y,
+        gain_rotate_deg=a.gain_rotate_deg,
     )
-    known = [
-        KnownExposure(exposure_id=r.exposure_id, name=r.name, file=r.file)
-        for r in controller.exposures.values()
-    ]
+    known = [KnownFile(r.exposure_id, r.name, r.file) for r in controller.exposures.values()]
     source = ExposureSource(source_settings, known=known)
     source.start()
     return source

@@ -62,11 +62,11 @@ class ListSource:
     def __init__(self, events: Sequence[Event]) -> None:
         self._events = deque(events)
 
-    def poll(self, now: float, *, at: float | None = None) -> list[Event]:
+    def poll(self, now: float) -> list[Event]:
         return [self._events.popleft()] if self._events else []
 
     @property
-    def is_idle(self) -> bool:
+    def is_quiet(self) -> bool:
         return not self._events
 
     def take_dropped(self) -> list[str]:
