@@ -33,7 +33,11 @@ class Camera:
         expected = np.clip(electrons, 0.0, None) * self.sensitivity
         is_small = float(expected.mean()) < 20.0
         counts = draw_poisson(expected, rng)
-        return np.minimum(counts, 255).astype(np.uint8) if is_small else np.minimum(counts, 65535).astype(np.uint16)
+        return (
+            np.minimum(counts, 255).astype(np.uint8)
+            if is_small
+            else np.minimum(counts, 65535).astype(np.uint16)
+        )
 
 
 def draw_poisson(expected: npt.NDArray[np.float32], rng: np.random.Generator) -> npt.NDArray[np.int64]:

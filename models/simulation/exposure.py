@@ -107,8 +107,10 @@ class SimulatedExposure:
         """Return the mean electrons per pixel of one frame, before gain and counting."""
         contrast = self._tiles.render(frame, self.truth.motion)
         dose_per_px = self.settings.dose_per_frame_e_per_angstrom2 * self.settings.pixel_size_angstrom**2
-        return dose_per_px * _in_frame(self._exit_image.transmission, self._exit_image, self.shape_yx_px) * (
-            1.0 + contrast
+        return (
+            dose_per_px
+            * _in_frame(self._exit_image.transmission, self._exit_image, self.shape_yx_px)
+            * (1.0 + contrast)
         )
 
 
@@ -130,6 +132,7 @@ class VirtualMicroscope:
     ) -> None:
         self.settings = settings
         self.diameter_angstrom = diameter_angstrom
+        self.truth_volume = volume
         self._projector = Projector(volume, settings.microscope.pixel_size_angstrom)
         self.camera = build_camera(settings.microscope, _generator(settings.seed, _SESSION_INDEX, _CAMERA))
         self._views = draw_views(
@@ -239,9 +242,7 @@ class _Tiles:
         self._pad = reach
         height, width = self._shape
         self._origins = [
-            (y, x)
-            for y in range(-core, height + core, core)
-            for x in range(-core, width + core, core)
+            (y, x) for y in range(-core, height + core, core) for x in range(-core, width + core, core)
         ]
         window = self._window(core)
         canvas = torch.nn.functional.pad(exit_image.contrast, (reach, reach, reach, reach))

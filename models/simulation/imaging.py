@@ -206,7 +206,9 @@ def _ice_layer(thickness: Tensor, amplitude: Tensor, generator: torch.Generator)
     return torch.fft.rfft2(noise) * amplitude
 
 
-def _carbon_layer(carbon: Tensor, k2: Tensor, pixel_size_angstrom: float, generator: torch.Generator) -> Tensor:
+def _carbon_layer(
+    carbon: Tensor, k2: Tensor, pixel_size_angstrom: float, generator: torch.Generator
+) -> Tensor:
     """Return the spectrum of 150 Å of amorphous carbon, granular, with its mean potential's step."""
     thickness = 150.0
     power = CARBON_ATOMS_PER_ANGSTROM3 * thickness * 0.4 / pixel_size_angstrom**2
@@ -247,14 +249,21 @@ def _junk_potential(
 
 
 def _ice_crystal(
-    item: Junk, y: Tensor, x: Tensor, pixel_size_angstrom: float, rng: np.random.Generator, generator: torch.Generator
+    item: Junk,
+    y: Tensor,
+    x: Tensor,
+    pixel_size_angstrom: float,
+    rng: np.random.Generator,
+    generator: torch.Generator,
 ) -> Tensor:
     """Return a lumpy dome of crystalline ice (V Å), with lattice fringes where the pixels resolve them."""
     dy, dx = y - item.y_px, x - item.x_px
     bearing = torch.atan2(dy, dx)
     radius = torch.full_like(bearing, item.radius_px)
     for lobe in (2, 3, 5):
-        radius = radius * (1.0 + float(rng.uniform(0.0, 0.15)) * torch.cos(lobe * bearing + float(rng.uniform(0.0, 6.28))))
+        radius = radius * (
+            1.0 + float(rng.uniform(0.0, 0.15)) * torch.cos(lobe * bearing + float(rng.uniform(0.0, 6.28)))
+        )
     dome = (1.0 - (dy.square() + dx.square()) / radius.square()).clamp_min(0.0).sqrt()
     height = float(rng.uniform(80.0, 300.0))
     potential = 4.3 * height * dome

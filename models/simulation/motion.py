@@ -51,7 +51,9 @@ def draw_motion(settings: MicroscopeSettings, rng: np.random.Generator) -> Motio
     angles = rng.uniform(0.0, 2.0 * math.pi, size=2)
     early = rng.uniform(0.2, 0.7)
     path = settings.motion_angstrom * rng.uniform(0.6, 1.4)
-    smooth = early * settled[:, None] * _unit(angles[0]) + (1.0 - early) * fraction[:, None] * _unit(angles[1])
+    smooth = early * settled[:, None] * _unit(angles[0]) + (1.0 - early) * fraction[:, None] * _unit(
+        angles[1]
+    )
     jitter = 0.02 * settings.motion_angstrom * rng.normal(size=(n, 2))
     displacement = path * smooth + jitter
     displacement -= displacement[0]

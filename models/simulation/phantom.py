@@ -244,9 +244,7 @@ def _segments_on_line(
     return segments
 
 
-def _complete_residue(
-    backbone: FloatArray, segment: int, depth: float, rng: np.random.Generator
-) -> _Residue:
+def _complete_residue(backbone: FloatArray, segment: int, depth: float, rng: np.random.Generator) -> _Residue:
     elements = draw_side_chain(rng)
     atoms = np.concatenate((backbone, grow_side_chain(backbone, elements, rng)))
     return _Residue(atoms, np.array(_BACKBONE_ELEMENTS + elements, dtype=np.int16), segment, depth)

@@ -44,9 +44,7 @@ def particle_box_px(diameter_angstrom: float, pixel_size_angstrom: float) -> int
     return good_size(math.ceil(1.08 * diameter_angstrom / pixel_size_angstrom) + 8)
 
 
-def specimen_volume(
-    text: str, pixel_size_angstrom: float
-) -> tuple[Float[Tensor, "d d d"], float]:
+def specimen_volume(text: str, pixel_size_angstrom: float) -> tuple[Float[Tensor, "d d d"], float]:
     """Return the potential difference to ice in volts at the given pixel size, and the diameter in Å."""
     if is_map_path(text):
         volume, map_pixel = read_density_map(Path(text))
@@ -57,9 +55,7 @@ def specimen_volume(
     structure = load_structure(text)
     diameter = 2.0 * structure.radius_angstrom + 4.0
     box = particle_box_px(diameter, pixel_size_angstrom)
-    volume = density_from_atoms(
-        structure, box, pixel_size_angstrom, solvent_potential_v=ICE_MEAN_POTENTIAL_V
-    )
+    volume = density_from_atoms(structure, box, pixel_size_angstrom, solvent_potential_v=ICE_MEAN_POTENTIAL_V)
     return volume, diameter
 
 

@@ -16,7 +16,7 @@ class SpecimenSettings:
     """
 
     particles_per_exposure: float = 60.0
-    min_spacing_diameters: float = 1.15
+    min_spacing_diameters: float = 0.9
     ice_thickness_angstrom: tuple[float, float] = (250.0, 450.0)
     ice_gradient: float = 0.25
     ice_granularity: float = 1.0
