@@ -129,6 +129,15 @@ def read_micrographs_star(path: Path) -> ParticleStar:
     return _read(path, "micrographs", ("rlnMicrographName", "rlnOpticsGroup"))
 
 
+def read_uid_table(path: Path) -> pd.DataFrame:
+    """Return the table of a STAR file that has the column `icestreamUid` (an engine's poses, say)."""
+    blocks = _parse(path)
+    table = next((block for block in blocks.values() if UID_COLUMN in block.columns), None)
+    if table is None:
+        raise InputError(path, f"the STAR file has a table with {UID_COLUMN}", ", ".join(blocks) or "none")
+    return table.assign(**{UID_COLUMN: _parse_uids(path, table[UID_COLUMN])})
+
+
 def read_picks_star(path: Path) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Return (coordinates_yx_px [n, 2], scores [n]) of a picks STAR file; a missing score is NaN."""
     blocks = _parse(path)

@@ -1,0 +1,212 @@
+"""A session's exports and an engine's input, from what the output folder holds.
+
+Every path in a table is relative to the output folder, so that RELION (started there) and CryoSPARC (with it as
+the project's folder) find the stacks. Uids and half-sets are the session's own in every file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mrcfile
+import numpy as np
+import pandas as pd
+
+from stream.records.commands import RunMember
+from stream.records.errors import InputError
+from stream.records.values import Optics, RunId
+from stream.sinks.cryosparc_cs import MicrographPlace, write_particles_cs
+from stream.sinks.particle_table import annotate, concatenate, join_poses, select_above
+from stream.sinks.relion_star import (
+    UID_COLUMN,
+    ParticleStar,
+    make_micrograph_optics,
+    read_particles_star,
+    read_uid_table,
+    write_micrographs_star,
+    write_particles_star,
+)
+from stream.store.feature_cache import FeatureCache
+from stream.store.layout import OutputLayout
+
+log = logging.getLogger(__name__)
+
+_EVERYTHING = float("-inf")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportResult:
+    """Which files were written (None = there was nothing to write) and how much they hold."""
+
+    particles_star: Path | None
+    particles_cs: Path | None
+    all_particles_star: Path | None
+    micrographs_star: Path | None
+    n_particles: int
+    n_all_particles: int
+    n_micrographs: int
+
+
+def export_session(
+    layout: OutputLayout,
+    members: Sequence[RunMember],
+    *,
+    model_hash: str,
+    run_id: RunId | None = None,
+    score_threshold: float | None = None,
+) -> ExportResult:
+    """Write export/: particles.star and particles.cs, all_particles.star, micrographs.star.
+
+    `particles.*` hold the scored particles: above `score_threshold` if given, and with `run_id` those that
+    the run used, with their poses. `all_particles.star` holds every particle; one that could not be scored
+    has the score nan.
+    """
+    tables = list(_read_members(layout, members, model_hash))
+    places = _find_micrographs(layout, members)
+    micrographs_star = _write_micrographs(layout, members, tables, places)
+    if not tables:
+        return ExportResult(
+            particles_star=None,
+            particles_cs=None,
+            all_particles_star=None,
+            micrographs_star=micrographs_star,
+            n_particles=0,
+            n_all_particles=0,
+            n_micrographs=len(places),
+        )
+    everything = concatenate([table for _, table in tables])
+    chosen = select_above(everything, _EVERYTHING if score_threshold is None else score_threshold)
+    if run_id is not None:
+        chosen = join_poses(chosen, read_uid_table(layout.run(run_id) / "poses.star"))
+    paths = [layout.exports / name for name in ("particles.star", "particles.cs", "all_particles.star")]
+    write_particles_star(paths[0], chosen.particles, chosen.optics)
+    write_particles_cs(paths[1], chosen, places)
+    write_particles_star(paths[2], everything.particles, everything.optics)
+    log.info("session_exported", extra={"n_particles": len(chosen.particles)})
+    return ExportResult(
+        particles_star=paths[0],
+        particles_cs=paths[1],
+        all_particles_star=paths[2],
+        micrographs_star=micrographs_star,
+        n_particles=len(chosen.particles),
+        n_all_particles=len(everything.particles),
+        n_micrographs=len(places),
+    )
+
+
+def write_run_input(
+    layout: OutputLayout, members: Sequence[RunMember], model_hash: str, score_threshold: float, path: Path
+) -> int:
+    """Write the engine's input STAR, the particles above the threshold; return how many they are.
+
+    Image paths are relative to the output folder. One exposure's table is in memory with what was selected.
+    """
+    tables = [select_above(table, score_threshold) for _, table in _read_members(layout, members, model_hash)]
+    if not tables:
+        raise InputError(path, "a run has at least one exposure with particles", f"{len(members)} exposures")
+    star = concatenate(tables)
+    write_particles_star(path, star.particles, star.optics)
+    return len(star.particles)
+
+
+def _read_members(
+    layout: OutputLayout, members: Sequence[RunMember], model_hash: str
+) -> Iterator[tuple[RunMember, ParticleStar]]:
+    """Yield each exposure's particles with half-set and score; exposures without particles have no table."""
+    cache = FeatureCache(layout.features)
+    for member in members:
+        path = layout.particles_table(member.name)
+        if not path.is_file():
+            if layout.particles(member.name).exists():
+                raise InputError(path, "a particle stack has its table beside it", "missing")
+            continue
+        star = read_particles_star(path)
+        if UID_COLUMN not in star.particles.columns:
+            raise InputError(
+                path, f"the table has the column {UID_COLUMN}", ", ".join(star.particles.columns)
+            )
+        _, scores = cache.lookup(model_hash, star.particles[UID_COLUMN].to_numpy(np.uint64))
+        yield member, annotate(star, half_set=member.half_set, scores=scores)
+
+
+def _find_micrographs(layout: OutputLayout, members: Sequence[RunMember]) -> dict[str, MicrographPlace]:
+    """Return shape and pixel size of every micrograph that is there, by its name in the tables."""
+    places = {}
+    for member in members:
+        path = layout.micrograph(member.name)
+        if not path.is_file():
+            continue
+        with mrcfile.open(path, header_only=True) as header_only:
+            header = header_only.header
+            digest = hashlib.blake2b(f"{member.exposure_id}/micrograph".encode(), digest_size=8).digest()
+            places[layout.relative(path)] = MicrographPlace(
+                uid=int.from_bytes(digest, "little") or 1,
+                shape_yx=(int(header.ny), int(header.nx)),
+                pixel_size_angstrom=float(header.cella.x) / max(int(header.mx), 1),
+            )
+    return places
+
+
+def _write_micrographs(
+    layout: OutputLayout,
+    members: Sequence[RunMember],
+    tables: Sequence[tuple[RunMember, ParticleStar]],
+    places: dict[str, MicrographPlace],
+) -> Path | None:
+    """Write micrographs.star; a micrograph without particles takes the optics of the first that has some."""
+    if not places or not tables:
+        return None
+    stars = {member.exposure_id: star for member, star in tables}
+    first = tables[0][1]
+    rows = []
+    for member in members:
+        name = layout.relative(layout.micrograph(member.name))
+        if name not in places:
+            continue
+        star = stars.get(member.exposure_id)
+        row = _ctf_of(layout.ctf_values(member.name)) | {
+            "rlnMicrographName": name,
+            "rlnOpticsGroup": 1,
+            "icestreamParticles": 0 if star is None else len(star.particles),
+        }
+        optics = _micrograph_optics((star or first).optics, places[name].pixel_size_angstrom)
+        rows.append(ParticleStar(optics=optics, particles=pd.DataFrame([row])))
+    joined = concatenate(rows)
+    path = layout.exports / "micrographs.star"
+    write_micrographs_star(path, joined.particles, joined.optics)
+    return path
+
+
+def _micrograph_optics(particle_optics: pd.DataFrame, pixel_size_angstrom: float) -> pd.DataFrame:
+    row = particle_optics.iloc[0]
+    optics = Optics(
+        voltage_kv=float(row["rlnVoltage"]),
+        cs_mm=float(row["rlnSphericalAberration"]),
+        amplitude_contrast=float(row["rlnAmplitudeContrast"]),
+    )
+    return make_micrograph_optics(
+        optics, micrograph_pixel_size_angstrom=pixel_size_angstrom, name=str(row["rlnOpticsGroupName"])
+    )
+
+
+def _ctf_of(path: Path) -> dict[str, Any]:
+    """Return RELION's CTF columns of a fit; without a fit they are nan."""
+    values = json.loads(path.read_text()) if path.is_file() else {}
+    columns = {
+        "rlnDefocusU": "defocus_u_angstrom",
+        "rlnDefocusV": "defocus_v_angstrom",
+        "rlnDefocusAngle": "astigmatism_angle_deg",
+        "rlnPhaseShift": "phase_shift_deg",
+        "rlnCtfMaxResolution": "fit_resolution_angstrom",
+        "rlnCtfFigureOfMerit": "score",
+    }
+    return {
+        column: float("nan") if values.get(key) is None else float(values[key])
+        for column, key in columns.items()
+    }
