@@ -25,7 +25,9 @@ def register(app: typer.Typer) -> None:
 
 def bench(
     name: Annotated[str, typer.Argument(help="Which benchmark.")],
-    size: Annotated[int | None, typer.Option(help="Movies, files or particles; default: the recorded size.")] = None,
+    size: Annotated[
+        int | None, typer.Option(help="Movies, files or particles; default: the recorded size.")
+    ] = None,
     folder: Annotated[Path | None, typer.Option(help="Where to work; default: a temporary folder.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -51,4 +53,10 @@ def _journal(folder: Path, size: int | None) -> Figures:
     return run_journal_benchmark(folder, **({} if size is None else {"n_movies": size}))
 
 
-BENCHMARKS: dict[str, Callable[[Path, int | None], Figures]] = {"journal": _journal}
+def _stream(folder: Path, size: int | None) -> Figures:
+    from stream.commands.bench_stream import run_stream_benchmark
+
+    return [run_stream_benchmark(folder, **({} if size is None else {"n_movies": size}))]
+
+
+BENCHMARKS: dict[str, Callable[[Path, int | None], Figures]] = {"journal": _journal, "stream": _stream}

@@ -16,14 +16,27 @@ PIXEL_SIZE_ANGSTROM = 2.5
 
 def environment() -> dict[str, str]:
     """Return an environment in which Ray is quiet and each process keeps to one thread."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(REPOSITORY)}
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PYTHONPATH": str(REPOSITORY),
+    }
 
 
-def icestream(*arguments: object, check: bool = True, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
+def icestream(
+    *arguments: object, check: bool = True, timeout_s: float = 300
+) -> subprocess.CompletedProcess[str]:
     """Run the command line and return what it printed."""
     command = [sys.executable, "-m", "stream.cli", *map(str, arguments)]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=timeout_s, env=environment(), cwd=REPOSITORY, check=False
+        command,
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        env=environment(),
+        cwd=REPOSITORY,
+        check=False,
     )
     if check and done.returncode:
         raise AssertionError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
