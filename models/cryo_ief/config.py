@@ -48,7 +48,9 @@ class VitConfig:
 
     def __post_init__(self) -> None:
         if self.input_size_px % self.patch_size_px:
-            msg = f"input_size_px: {self.input_size_px}, must be a multiple of the patch ({self.patch_size_px})"
+            msg = (
+                f"input_size_px: {self.input_size_px}, must be a multiple of the patch ({self.patch_size_px})"
+            )
             raise ValueError(msg)
         if self.width % self.n_heads or self.width % 4:
             msg = f"width: {self.width}, must be a multiple of 4 and of the number of heads ({self.n_heads})"

@@ -129,7 +129,9 @@ def _backbone_tensors(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str
         stripped = {k.removeprefix(_MOCO_PREFIX): v for k, v in tensors.items() if k.startswith(_MOCO_PREFIX)}
         return {k: v for k, v in stripped.items() if not k.startswith("head.")}
     if layout is Layout.CRYO_IEF_BARE:
-        return {k: v for k, v in tensors.items() if not k.startswith(("head.", "momentum_encoder.", "predictor."))}
+        return {
+            k: v for k, v in tensors.items() if not k.startswith(("head.", "momentum_encoder.", "predictor."))
+        }
     return dict(tensors)
 
 

@@ -126,7 +126,9 @@ def _resize_bicubic(stack: NDArray[np.float32], size_px: int) -> NDArray[np.floa
     from PIL import Image
 
     size = (size_px, size_px)
-    return np.stack([np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)) for image in stack])
+    return np.stack(
+        [np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)) for image in stack]
+    )
 
 
 def _to_bytes(stack: NDArray[np.float32], *, is_scaled_first: bool = False) -> NDArray[np.uint8]:

@@ -27,7 +27,7 @@ class TokenBatchNorm(nn.BatchNorm1d):
     def forward(self, tokens: Tensor) -> Tensor:
         """Normalise every channel over the batch's tokens (running statistics in evaluation)."""
         b, n, c = tokens.shape
-        return cast("Tensor", super().forward(tokens.reshape(b * n, c))).reshape(b, n, c)
+        return super().forward(tokens.reshape(b * n, c)).reshape(b, n, c)
 
 
 class SoftmaxHead(nn.Module):
@@ -96,7 +96,7 @@ class CryoVit(nn.Module):
         for block in vit.blocks:
             block.norm2 = TokenBatchNorm(config.width, eps=_BATCH_NORM_EPS, momentum=0.1)
         # The parts are held directly, not under `vit.`, so that keys are those of the released files.
-        self.cls_token: nn.Parameter = vit.cls_token
+        self.cls_token = cast("nn.Parameter", vit.cls_token)
         self.patch_embed: nn.Module = vit.patch_embed
         self.blocks: nn.Sequential = vit.blocks
         self.norm: nn.Module = vit.norm
@@ -111,7 +111,9 @@ class CryoVit(nn.Module):
         tokens = torch.cat((cls_token, tokens), dim=1) + self.pos_embed
         return cast("Tensor", self.norm(self.blocks(tokens))[:, 0])
 
-    def forward(self, particles: Float[Tensor, "b 1 s s"]) -> tuple[Float[Tensor, "b c"], Float[Tensor, "b k"]]:
+    def forward(
+        self, particles: Float[Tensor, "b 1 s s"]
+    ) -> tuple[Float[Tensor, "b c"], Float[Tensor, "b k"]]:
         """Return (CLS token, logits); an encoder without a head gives the token twice."""
         cls_token = self.encode(particles)
         return cls_token, self.head(cls_token)

@@ -1,0 +1,289 @@
+"""Exporting a Vision Transformer to ONNX: BatchNorm folded, two outputs, metadata inside, parity checked.
+
+The graph takes `particles` `(b, 1, s, s)` float32, already preprocessed, and gives `feature` `(b, d)`, of length 1, and
+(where the model has a ranking head) `score` `(b,)`. What the graph needs to be served is in its metadata. An export
+whose scores leave torch's by more than the precision's tolerance is not written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import json
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from scipy import stats
+from torch import Tensor, nn
+
+from models.cryo_ief.config import Head
+from models.cryo_ief.vit import CryoVit, TokenBatchNorm, unit_feature
+
+Precision = Literal["fp32", "fp16", "int8"]
+
+OPSET = 18
+FORMAT = "icestream-ranker-1"
+"""Metadata value by which a server knows the file."""
+MAX_SCORE_DIFF = {"fp32": 1e-4, "fp16": 5e-3}
+"""Largest allowed |score − torch's|; int8 is held to a rank correlation instead."""
+MIN_INT8_SPEARMAN = 0.995
+_PARITY_BATCH = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportReport:
+    """What was written and how far it is from torch on the check images."""
+
+    path: Path
+    precision: Precision
+    max_abs_score_diff: float
+    min_feature_cosine: float
+    score_spearman: float
+    n_checked: int
+
+
+class ExportedVit(nn.Module):
+    """The network as it is exported: folded, unit-length feature and, with a head, the score."""
+
+    def __init__(self, model: CryoVit) -> None:
+        super().__init__()
+        self.vit = fold_batch_norm(model)
+        self.has_score = model.config.head is not Head.NONE
+
+    def forward(self, particles: Tensor) -> tuple[Tensor, ...]:
+        """Return (score, feature), or (feature,) for an encoder."""
+        cls_token = self.vit.encode(particles.to(self.vit.cls_token.dtype)).float()
+        feature = unit_feature(cls_token)
+        return (self.vit.score(self.vit.head(cls_token)), feature) if self.has_score else (feature,)
+
+    def half_encoder(self) -> ExportedVit:
+        """Return a copy whose encoder is float16; head, softmax and the feature's length stay float32.
+
+        (A v1.5 feature has length 500 and more: its square does not fit into float16.)
+        """
+        half = copy.deepcopy(self)
+        half.vit.half()
+        half.vit.head.float()
+        return half
+
+
+def fold_batch_norm(model: CryoVit) -> CryoVit:
+    """Return a copy whose BatchNorms have gone into the MLPs' first layers: W·s and b + W·t.
+
+    In evaluation BatchNorm is x·s + t with s = γ/√(σ² + ε) and t = β − μ·s per channel, so this is the same function.
+    """
+    folded = copy.deepcopy(model).eval()
+    blocks: Any = folded.blocks  # timm's blocks have no types
+    for block in blocks:
+        norm, linear = block.norm2, block.mlp.fc1
+        if not isinstance(norm, TokenBatchNorm):
+            continue
+        with torch.no_grad():
+            state = {name: value.double() for name, value in norm.state_dict().items()}
+            scale = state["weight"] / torch.sqrt(state["running_var"] + norm.eps)
+            offset = state["bias"] - state["running_mean"] * scale
+            weight = linear.weight.double()
+            linear.bias.copy_(linear.bias.double() + weight @ offset)
+            linear.weight.copy_(weight * scale)
+        block.norm2 = nn.Identity()
+    return folded
+
+
+def export_onnx(
+    model: CryoVit,
+    path: Path,
+    *,
+    layout: str,
+    source_sha256: str,
+    precision: Precision = "fp32",
+    check_particles: Float[Tensor, "b 1 s s"] | None = None,
+    extra_metadata: dict[str, str] | None = None,
+) -> ExportReport:
+    """Write `model` to `path` and return how well the file agrees with torch.
+
+    `check_particles` are preprocessed images to compare on; without them, unit normal noise is used. Raises
+    `ValueError` where agreement is worse than the precision's tolerance, and leaves no file then.
+    """
+    exported = ExportedVit(model).eval()
+    particles = _default_check(model, precision) if check_particles is None else check_particles
+    metadata = {
+        "icestream_format": FORMAT,
+        "icestream_architecture": model.config.architecture,
+        "icestream_layout": layout,
+        "icestream_precision": precision,
+        "input_size": str(model.config.input_size_px),
+        "mean": repr(model.config.mean),
+        "std": repr(model.config.std),
+        "resize_mode": model.config.resize_mode,
+        "source_sha256": source_sha256,
+        **(extra_metadata or {}),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        temporary = Path(folder) / "model.onnx"
+        _write_graph(exported.half_encoder() if precision == "fp16" else exported, temporary)
+        if precision == "int8":
+            _quantise(temporary)
+        report = _compare(exported, temporary, particles, precision)
+        _check_tolerance(report)
+        metadata["parity"] = json.dumps(
+            {
+                "max_abs_score_diff": report.max_abs_score_diff,
+                "min_feature_cosine": report.min_feature_cosine,
+                "score_spearman": report.score_spearman,
+                "n_checked": report.n_checked,
+            }
+        )
+        _write_metadata(temporary, metadata)
+        temporary.replace(path)
+    return ExportReport(
+        path=path,
+        precision=precision,
+        max_abs_score_diff=report.max_abs_score_diff,
+        min_feature_cosine=report.min_feature_cosine,
+        score_spearman=report.score_spearman,
+        n_checked=report.n_checked,
+    )
+
+
+def _default_check(model: CryoVit, precision: Precision) -> Tensor:
+    n = 256 if precision == "int8" and model.config.width < 384 else 4 * _PARITY_BATCH
+    n = 8 if model.config.width > 384 else n
+    size = model.config.input_size_px
+    return torch.randn((n, 1, size, size), generator=torch.Generator().manual_seed(0))
+
+
+def _write_graph(exported: ExportedVit, path: Path) -> None:
+    size = exported.vit.config.input_size_px
+    example = torch.zeros((2, 1, size, size))
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            exported,
+            (example,),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=["particles"],
+            output_names=["score", "feature"] if exported.has_score else ["feature"],
+            dynamic_shapes={"particles": {0: torch.export.Dim("b", min=1, max=65536)}},
+            verbose=False,
+        )
+    if program is None:
+        msg = f"{path}: the exporter returned nothing"
+        raise ValueError(msg)
+    program.save(str(path), external_data=False)
+    _clear_value_info(path)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's progress lines and version warnings out of the command's output."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _clear_value_info(path: Path) -> None:
+    """Drop the intermediate shapes that the exporter writes: ORT's quantisation finds them contradictory."""
+    import onnx
+
+    graph = onnx.load(path)
+    del graph.graph.value_info[:]
+    onnx.save(graph, path)
+
+
+def _quantise(path: Path) -> None:
+    """Replace weights by int8 (dynamic quantisation, per channel) in matrix products; the patch embedding stays."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with _quiet():
+        logging.getLogger().setLevel(logging.ERROR)
+        quantize_dynamic(
+            path, path, weight_type=QuantType.QInt8, per_channel=True, op_types_to_quantize=["MatMul", "Gemm"]
+        )
+    _clear_value_info(path)
+
+
+def _write_metadata(path: Path, metadata: dict[str, str]) -> None:
+    import onnx
+
+    graph = onnx.load(path)
+    del graph.metadata_props[:]
+    onnx.helper.set_model_props(graph, metadata)
+    graph.doc_string = ""
+    onnx.checker.check_model(graph)
+    onnx.save(graph, path)
+
+
+def _compare(exported: ExportedVit, path: Path, particles: Tensor, precision: Precision) -> ExportReport:
+    with torch.inference_mode():
+        expected = [
+            np.concatenate([np.atleast_1d(part.numpy()) for part in parts])
+            for parts in zip(
+                *(exported(batch) for batch in torch.split(particles, _PARITY_BATCH)), strict=True
+            )
+        ]
+    found = _run(path, particles.numpy())
+    cosine = (expected[-1].astype(np.float64) * found[-1]).sum(axis=1)
+    diff, spearman = 0.0, 1.0
+    if exported.has_score:
+        diff = float(np.abs(expected[0] - found[0]).max())
+        spearman = float(stats.spearmanr(expected[0], found[0]).statistic) if len(particles) > 2 else 1.0
+    return ExportReport(
+        path=path,
+        precision=precision,
+        max_abs_score_diff=diff,
+        min_feature_cosine=float(cosine.min()),
+        score_spearman=spearman,
+        n_checked=len(particles),
+    )
+
+
+def _run(path: Path, particles: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    # An uneven last batch shows that the batch axis is dynamic.
+    step = _PARITY_BATCH + 1
+    parts: list[Any] = [
+        session.run(None, {"particles": particles[i : i + step]}) for i in range(0, len(particles), step)
+    ]
+    return [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
+
+
+def _check_tolerance(report: ExportReport) -> None:
+    if report.precision == "int8":
+        if not report.score_spearman >= MIN_INT8_SPEARMAN:
+            msg = (
+                f"export: rank correlation with torch {report.score_spearman:.4f} at int8,"
+                f" at least {MIN_INT8_SPEARMAN} is required"
+            )
+            raise ValueError(msg)
+        return
+    limit = MAX_SCORE_DIFF[report.precision]
+    if not report.max_abs_score_diff <= limit or not report.min_feature_cosine >= 1.0 - limit:
+        msg = (
+            f"export: scores differ from torch by {report.max_abs_score_diff:.2e}, feature cosine"
+            f" {report.min_feature_cosine:.6f} at {report.precision}, at most {limit:.0e} is allowed"
+        )
+        raise ValueError(msg)
