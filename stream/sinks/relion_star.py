@@ -153,6 +153,8 @@ def read_picks_star(path: Path) -> tuple[NDArray[np.float64], NDArray[np.float64
 
 def split_image_names(names: pd.Series) -> tuple[NDArray[np.int64], NDArray[np.object_]]:
     """Split `000001@folder/stack.mrcs` into (0-based index in the stack, stack path)."""
+    if names.empty:
+        return np.empty(0, np.int64), np.empty(0, object)
     parts = names.astype(str).str.partition("@")
     is_bare = (parts[1] == "").to_numpy()
     if is_bare.any():
