@@ -85,7 +85,7 @@ class PreprocessSettings:
     ctf_search: CtfSearch = field(default_factory=CtfSearch)
     particle_diameter_angstrom: float = 150.0
     pick_diameter_tolerance: float = 0.15
-    pick_threshold_sd: float = 4.5
+    pick_threshold_sd: float = 4.0
     max_picks: int = 2000
     box_size_px: int | None = None
     extract_pixel_size_angstrom: float | None = None
@@ -433,6 +433,8 @@ def write_ctf_files(
             f"angle {fitted.astigmatism_angle_deg:.0f} deg, score {fitted.score:.2f}",
             rings,
         ),
+        # half as far again as rings are seen, but no less than 8 Å and no more than Nyquist
+        shown_fraction=min(1.0, 2.0 * pixel * 1.5 / min(fitted.fit_resolution_angstrom, 8.0)),
     )
     document = {**asdict(fitted), "ice_ratio": ice_ratio, "pixel_size_angstrom": pixel}
     plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in document.items()}

@@ -132,7 +132,11 @@ def score_ctf_spectrum(
 
 @dataclass(frozen=True, slots=True)
 class CtfProfile:
-    """Ring profiles to Nyquist along lines of equal phase: `contrast` is P / background − 1, `ctf2` the fit's."""
+    """Ring profiles to Nyquist along lines of equal phase.
+
+    `contrast` is the data less their local mean over one and a half rings, over their local spread; `ctf2`
+    is the fit.
+    """
 
     k: _FLOAT
     contrast: _FLOAT
@@ -149,8 +153,12 @@ def profile_ctf(
 ) -> CtfProfile:
     """Return the data's and the fit's ring profiles, for pictures and reports."""
     wide = _to_nyquist(power, pixel_size_angstrom, microscope, coarsest_resolution_angstrom)
-    contrast, ctf2 = _equiphase_profiles(wide, _point(fitted))
-    return CtfProfile(wide.k, contrast, ctf2)
+    rings, ctf2 = _equiphase_profiles(wide, _point(fitted))
+    half = _half_windows(wide, 0.5 * (fitted.defocus_u_angstrom + fitted.defocus_v_angstrom))
+    windows = [slice(max(0, i - h), i + h + 1) for i, h in enumerate(half)]
+    centred = rings - np.array([rings[w].mean() for w in windows])
+    spread = np.array([centred[w].std() for w in windows])
+    return CtfProfile(wide.k, centred / np.maximum(spread, 1e-12), ctf2)
 
 
 def _point(fitted: FittedCtf) -> _FLOAT:
@@ -348,14 +356,10 @@ def _fit_resolution(correlator: _Correlator, point: _FLOAT) -> float:
     correlation has stayed below the threshold for a whole window.
     """
     rings, trial = _equiphase_profiles(correlator, point)
-    z = float(point[0])
     k = correlator.k
-    spacing = float(k[1] - k[0]) if len(k) > 1 else 1.0
+    half = _half_windows(correlator, float(point[0]))
     is_good = np.zeros(len(k), dtype=bool)
-    half = np.zeros(len(k), dtype=int)
     for i in range(len(k)):
-        period = math.pi / max(2.0 * correlator.chi_defocus[i] / k[i] * z, 1e-9)
-        half[i] = max(3, math.ceil(0.75 * period / spacing))
         part = slice(max(0, i - half[i]), i + half[i] + 1)
         is_good[i] = _correlation(rings[part], trial[part]) >= RING_CORRELATION
     last = -1
@@ -365,6 +369,15 @@ def _fit_resolution(correlator: _Correlator, point: _FLOAT) -> float:
         elif last >= 0 and i - last > 2 * half[i]:
             break
     return math.inf if last < 0 else 1.0 / float(k[last])
+
+
+def _half_windows(correlator: _Correlator, defocus_angstrom: float) -> list[int]:
+    """Return for each shell the half width, in shells, of a window of one and a half rings, at least three."""
+    k = correlator.k
+    slope = np.gradient(defocus_angstrom * correlator.chi_defocus + correlator.chi_fixed, k)
+    periods = math.pi / np.maximum(np.abs(slope), 1e-9)
+    spacing = float(k[1] - k[0])
+    return [max(3, min(len(k), math.ceil(0.75 * float(p) / spacing))) for p in periods]
 
 
 def _equiphase_profiles(correlator: _Correlator, point: _FLOAT) -> tuple[_FLOAT, _FLOAT]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from stream.store.files import replacing
 
@@ -18,6 +20,7 @@ _FIT_COLOUR = (255, 90, 60)
 _DATA_COLOUR = (200, 200, 200)
 _SCALE_BARS_ANGSTROM = (100, 200, 500, 1000, 2000, 5000)
 _PROFILE_HEIGHT_PX = 160
+_PICTURE_PX = 512
 
 
 def write_thumbnail(
@@ -51,33 +54,39 @@ def write_ctf_picture(
     contrast: NDArray[np.floating],
     ctf2: NDArray[np.floating],
     lines: Sequence[str],
+    shown_fraction: float = 1.0,
 ) -> None:
     """Write the spectrum (left half) beside the fitted CTF² (right half), and the ring profile below.
 
-    `power` and `model` are full, centred images of the same shape, the model in [0, 1]; `contrast` and `ctf2`
-    are the profiles over the frequencies `k` in 1/Å; `lines` of text go into the corner.
+    `shown_fraction` of Nyquist is shown, so that rings that end early can be seen.
+
+    `power` and `model` are full, centred images of the same shape, the model in [0, 1]; `contrast` (in
+    local standard deviations) and `ctf2` are the profiles over the frequencies `k` in 1/Å; `lines` of text go into the corner.
     """
-    n = power.shape[1]
-    data = _flatten_radially(np.asarray(power, dtype=np.float64))
-    low, high = np.percentile(data, (2.0, 99.0))
+    n = _PICTURE_PX
+    data = _zoom(_flatten_radially(np.asarray(power, dtype=np.float64)), shown_fraction)
+    low, high = np.percentile(data, (2.0, 99.5))
     grey = np.clip((data - low) / max(high - low, 1e-12), 0.0, 1.0)
-    grey[:, n // 2 :] = np.clip(np.asarray(model, dtype=np.float64), 0.0, 1.0)[:, n // 2 :]
-    canvas = np.zeros((power.shape[0] + _PROFILE_HEIGHT_PX, n), dtype=np.uint8)
-    canvas[: power.shape[0]] = (255 * grey).astype(np.uint8)
+    fit = np.clip(_zoom(np.asarray(model, dtype=np.float64), shown_fraction), 0.0, 1.0)
+    grey[:, n // 2 :] = fit[:, n // 2 :]
+    canvas = np.zeros((n + _PROFILE_HEIGHT_PX, n), dtype=np.uint8)
+    canvas[:n] = (255 * grey).astype(np.uint8)
     image = Image.fromarray(canvas).convert("RGB")
     draw = ImageDraw.Draw(image)
     for i, line in enumerate(lines):
-        draw.text((4, 2 + 12 * i), line, fill=_TEXT_COLOUR, stroke_width=1, stroke_fill=(0, 0, 0))
-    top = power.shape[0] + 4
+        _label(draw, (6, 4 + 16 * i), line)
+    top = n + 4
+    shown = np.asarray(k) <= shown_fraction * float(k[-1])
+    k, contrast, ctf2 = np.asarray(k)[shown], np.asarray(contrast)[shown], np.asarray(ctf2)[shown]
     height = _PROFILE_HEIGHT_PX - 20
     _draw_profile(draw, np.asarray(ctf2, dtype=np.float64), (0.0, 1.0), top, height, n, _FIT_COLOUR)
     values = np.asarray(contrast, dtype=np.float64)
-    limits = (float(np.percentile(values, 2)), float(np.percentile(values, 98)))
+    limits = (-2.0, 2.0)
     _draw_profile(draw, values, limits, top, height, n, _DATA_COLOUR)
     for fraction in (0.25, 0.5, 0.75, 1.0):
         frequency = float(k[0]) + fraction * float(k[-1] - k[0])
         position = fraction * (n - 1)
-        draw.text((max(0.0, position - 32), top + height + 2), f"{1.0 / frequency:.1f} Å", fill=_TEXT_COLOUR)
+        _label(draw, (position - 36, top + height), f"{1.0 / frequency:.1f} Å")
     _save(path, image)
 
 
@@ -103,7 +112,8 @@ def _flatten_radially(power: NDArray[np.float64]) -> NDArray[np.float64]:
     radius = np.hypot(y - n // 2, x - n // 2).round().astype(np.int64)
     log_power = np.log(np.maximum(power, 1e-6 * float(np.median(power)) + 1e-30))
     mean = np.bincount(radius.ravel(), log_power.ravel()) / np.maximum(np.bincount(radius.ravel()), 1)
-    width = max(5, n // 12)
+    # wider than a ring near the centre, narrower than the background's curvature
+    width = max(5, n // 16)
     kernel = np.hanning(width + 2)[1:-1]
     kernel /= kernel.sum()
     padded = np.pad(mean, (width // 2, width - 1 - width // 2), mode="edge")
@@ -129,14 +139,14 @@ def _smooth(image: NDArray[np.float32], n: int) -> NDArray[np.float32]:
     for dy in range(n):
         for dx in range(n):
             total += padded[dy : dy + height, dx : dx + width]
-    return total / (n * n)
+    return np.asarray(total / (n * n), dtype=np.float32)
 
 
 def _grey(image: NDArray[np.float32]) -> NDArray[np.uint8]:
     sample = image[:: max(1, image.shape[0] // 512), :: max(1, image.shape[1] // 512)]
     low, high = np.percentile(sample, (0.5, 99.5))
     scaled = np.clip((image - low) / max(float(high - low), 1e-12), 0.0, 1.0)
-    return (255 * scaled).astype(np.uint8)
+    return np.asarray(255 * scaled, dtype=np.uint8)
 
 
 def _draw_scale_bar(draw: ImageDraw.ImageDraw, size_xy: tuple[int, int], pixel_size_angstrom: float) -> None:
@@ -146,7 +156,29 @@ def _draw_scale_bar(draw: ImageDraw.ImageDraw, size_xy: tuple[int, int], pixel_s
     left, bottom = 10, height - 12
     draw.rectangle((left, bottom, left + length / pixel_size_angstrom, bottom + 4), fill=_TEXT_COLOUR)
     label = f"{length / 10:.0f} nm"
-    draw.text((left, bottom - 14), label, fill=_TEXT_COLOUR, stroke_width=1, stroke_fill=(0, 0, 0))
+    _label(draw, (left, bottom - 18), label)
+
+
+def _label(draw: ImageDraw.ImageDraw, xy: tuple[float, float], text: str) -> None:
+    """Write text that can be read on any background."""
+    font = _font()
+    draw.text(xy, text, font=font, fill=_TEXT_COLOUR, stroke_width=1, stroke_fill=(0, 0, 0))
+
+
+@cache
+def _font() -> ImageFont.FreeTypeFont:
+    """Return matplotlib's own DejaVu Sans: Pillow's built-in font has no Å."""
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), 12)
+
+
+def _zoom(image: NDArray[np.float64], fraction: float) -> NDArray[np.float64]:
+    """Return the centre of the image, enlarged to the picture's size."""
+    n = image.shape[0]
+    half = max(8, round(0.5 * fraction * n))
+    box = (n // 2 - half, n // 2 - half, n // 2 + half, n // 2 + half)
+    size = (_PICTURE_PX, _PICTURE_PX)
+    part = Image.fromarray(image.astype(np.float32)).resize(size, Image.Resampling.BILINEAR, box=box)
+    return np.asarray(part, dtype=np.float64)
 
 
 def _save(path: Path, image: Image.Image) -> None:
