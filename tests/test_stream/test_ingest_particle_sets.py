@@ -208,8 +208,8 @@ def test_poses_of_cryosparc_become_relion_angles(tmp_path):
     angle = np.linalg.norm([x, y, z])
     rodrigues = np.eye(3) + np.sin(angle) / angle * skew + (1 - np.cos(angle)) / angle**2 * skew @ skew
     ours = euler_to_matrix(torch.tensor(table.euler_deg[0])).numpy()
-    # pyem takes the exponential of the pose as RELION's matrix A
-    np.testing.assert_allclose(ours, rodrigues, atol=1e-5)
+    # pyem's expmap, which it takes for RELION's matrix A, is the transpose of Rodrigues' formula
+    np.testing.assert_allclose(ours, rodrigues.T, atol=1e-5)
     assert table.origin_xy_angstrom[0].tolist() == [4, -8]
     assert table.half_sets.tolist() == [1, 2, 1]
 
