@@ -172,14 +172,26 @@ class BatchingRanker:
         )
 
     def score_images(
-        self, uids: NDArray[np.uint64], stack_paths: NDArray[np.object_], stack_indices: NDArray[np.int64]
+        self,
+        uids: NDArray[np.uint64],
+        stack_paths: NDArray[np.object_],
+        stack_indices: NDArray[np.int64],
+        *,
+        contrast_signs: NDArray[np.int8] | None = None,
     ) -> ImageScores:
-        """Score images addressed by (absolute stack path, 0-based index); stored durably under `uids`."""
+        """Score images addressed by (absolute stack path, 0-based index); stored durably under `uids`.
+
+        A contrast sign of -1 says that protein is dark in the stack: the image is inverted first.
+        """
         started = time.monotonic()
         is_known, scores = self._cache.lookup(self.model_hash, uids)
         request = _Request(uids=uids, scores=scores)
         request.seconds["lookup"] = time.monotonic() - started
-        self._read_into_batches(request, np.flatnonzero(~is_known), stack_paths, stack_indices)
+        wanted = np.flatnonzero(~is_known)
+        chunks = read_images(stack_paths, stack_indices, wanted, chunk=self._batch_size)
+        if contrast_signs is not None:
+            chunks = ((rows, images * contrast_signs[rows, None, None]) for rows, images in chunks)
+        self._read_into_batches(request, chunks)
         while request.shares:
             self._collect_oldest(request)
         self._store(request)
@@ -195,25 +207,21 @@ class BatchingRanker:
         self._model_thread.shutdown(wait=True)
 
     def _read_into_batches(
-        self,
-        request: _Request,
-        rows: NDArray[np.intp],
-        stack_paths: NDArray[np.object_],
-        stack_indices: NDArray[np.int64],
+        self, request: _Request, chunks: Iterator[tuple[NDArray[np.intp], Images]]
     ) -> None:
-        """Read the images of `rows` and hand those that are usable to batches."""
+        """Read images, chunk by chunk, and hand those that are usable to batches."""
         with self._changed:
             self._n_reading += 1
         try:
-            chunks = read_images(stack_paths, stack_indices, rows, chunk=self._batch_size)
             while True:
                 started = time.monotonic()
-                chunk_rows, images = next(chunks, (rows[:0], np.empty((0, 0, 0), np.float32)))
+                chunk = next(chunks, None)
+                if chunk is None:
+                    break
+                rows, images = chunk
                 is_usable = find_usable_images(images)
                 request.seconds["read"] += time.monotonic() - started
-                if not len(chunk_rows):
-                    break
-                self._put(request, chunk_rows[is_usable], images[is_usable])
+                self._put(request, rows[is_usable], images[is_usable])
                 while request.n_held > _MAX_HELD_BATCHES * self._batch_size:
                     self._collect_oldest(request)
         finally:
