@@ -14,6 +14,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import queue
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -78,30 +79,37 @@ class PathFilter:
     """
 
     def __init__(self, root: Path, include: Sequence[str], exclude: Sequence[str]) -> None:
-        self._root = root
-        self._include = [pattern.lower() for pattern in include]
-        self._exclude = [pattern.lower() for pattern in exclude]
+        # Strings and compiled patterns: this runs for every event of the folder, in the observer's thread.
+        self._prefix = f"{str(root).rstrip('/')}/"
+        self._include = _compile(include)
+        self._exclude = _compile(exclude)
 
     def is_wanted(self, path: str) -> bool:
         """Return whether the file is an input by its name."""
-        try:
-            relative = Path(path).relative_to(self._root)
-        except ValueError:
+        if not path.startswith(self._prefix):
             return False
-        if any(is_temporary_name(part) for part in relative.parts):
+        relative = path[len(self._prefix) :]
+        if any(is_temporary_name(part) for part in relative.split("/")):
             return False
-        text = relative.as_posix().lower()
-        return self._is_any(self._include, text) and not self._is_any(self._exclude, text)
-
-    @staticmethod
-    def _is_any(patterns: Sequence[str], text: str) -> bool:
+        text = relative.lower()
         name = text.rsplit("/", 1)[-1]
-        return any(
-            fnmatch.fnmatchcase(text, pattern.removeprefix("./"))
-            if "/" in pattern
-            else fnmatch.fnmatchcase(name, pattern)
-            for pattern in patterns
-        )
+        return _is_any(self._include, name, text) and not _is_any(self._exclude, name, text)
+
+
+_Patterns = tuple[re.Pattern[str] | None, re.Pattern[str] | None]
+
+
+def _compile(patterns: Sequence[str]) -> _Patterns:
+    """One expression for names and one for relative paths; None where there is no such pattern."""
+    lowered = [pattern.lower() for pattern in patterns]
+    names = [fnmatch.translate(pattern) for pattern in lowered if "/" not in pattern]
+    paths = [fnmatch.translate(pattern.removeprefix("./")) for pattern in lowered if "/" in pattern]
+    return (re.compile("|".join(names)) if names else None, re.compile("|".join(paths)) if paths else None)
+
+
+def _is_any(patterns: _Patterns, name: str, text: str) -> bool:
+    for_names, for_paths = patterns
+    return bool((for_names and for_names.match(name)) or (for_paths and for_paths.match(text)))
 
 
 class _Handler(FileSystemEventHandler):
