@@ -244,7 +244,8 @@ def run_session(
                     service.end_input()
                 if on_step is not None:
                     on_step(service)
-            service.drain()
+            if not service.controller.is_finished:
+                service.drain()
             while service.has_stage_in_work:
                 service.step(POLL_TIMEOUT_S)
             export(service)

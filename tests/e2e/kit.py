@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-SIZE_PX = 320
+SIZE_PX = 512
 PIXEL_SIZE_ANGSTROM = 2.5
 
 
