@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from models.reconstruction.grids import random_rotations, shift_grid, so3_grid
+from models.reconstruction.grids import asymmetric_unit, random_rotations, shift_grid, so3_grid
 from models.reconstruction.particle_data import ParticleData
 from models.reconstruction.projector import (
     cube_to_volume,
@@ -34,6 +34,7 @@ from models.reconstruction.scoring import (
     weighted_images,
 )
 from models.reconstruction.sufficient import ReconstructionGrid, correlate_shells, solve_map, ssnr_of
+from models.reconstruction.symmetry import turn_volume
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,8 +92,15 @@ def soft_sphere(box_size_px: int, diameter_px: float, edge_px: float) -> Float[T
 class OnlineEm:
     """One start of the online EM; `step()` is one iteration."""
 
-    def __init__(self, data: ParticleData, settings: OnlineEmSettings, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        data: ParticleData,
+        settings: OnlineEmSettings,
+        generator: torch.Generator,
+        group: Float[Tensor, "g 3 3"] | None = None,
+    ) -> None:
         self.settings, self.generator = settings, generator
+        self.group = torch.eye(3)[None] if group is None else group
         self.max_shell = min(settings.last_shell, data.box_size_px // 2 - 1)
         self.box_px = 2 * (int(self.max_shell) + 2)
         self.data = data.within(self.max_shell)
@@ -159,13 +167,17 @@ class OnlineEm:
         images, weights = weighted_images(batch, self.inverse_noise)
         rotations = random_rotations(len(batch), self.generator)
         channels = torch.stack((images.real, images.imag, weights))
-        sums = insert_slices(self.grid.zeros(), channels, rotations, batch.plane)
+        sums = self.grid.zeros()
+        for element in self.group:
+            sums = insert_slices(sums, channels, rotations @ element, batch.plane)
         shells = torch.arange(self.grid.n_shells)
         ssnr = torch.where(shells <= self.settings.first_shell, 1.0, 0.0)
         volume = cube_to_volume(solve_map(sums, ssnr, self.grid), self.box_px)
         noise = torch.randn(volume.shape, generator=self.generator)
         low = volume_to_cube(noise, self.max_shell) * self.grid.spread(ssnr)
         noise = cube_to_volume(low, self.box_px)
+        if len(self.group) > 1:
+            noise = torch.stack([turn_volume(noise, g, torch.zeros(3)) for g in self.group]).mean(0)
         noise = noise * (volume.std() / noise.std())
         return volume_to_cube((volume + noise).clamp_min(0.0) * self.mask, self.max_shell)
 
@@ -174,7 +186,7 @@ class OnlineEm:
         shell, is_fine = self.shell(), self.shell() >= self.settings.fine_grid_from_shell
         search = self._search(is_fine=is_fine)
         turn = random_rotations(1, self.generator)[0]
-        rotations = (self.fine if is_fine else self.coarse) @ turn
+        rotations = asymmetric_unit((self.fine if is_fine else self.coarse) @ turn, self.group)
         batch = self.data.take(self._next_batch()).within(shell)
         slices = extract_slices(self.cube, rotations, batch.plane)
         projections = Projections.of(slices)
@@ -188,7 +200,9 @@ class OnlineEm:
         ]
         both = torch.cat(channels)
         is_hit = both[2].amax(1) + both[5].amax(1) > 0
-        new = insert_slices(self.grid.zeros(6), both[:, is_hit], rotations[is_hit], batch.plane)
+        new = self.grid.zeros(6)
+        for element in self.group:
+            new = insert_slices(new, both[:, is_hit], rotations[is_hit] @ element, batch.plane)
         eta = max((self.iteration + 2) ** -0.6, 0.05)
         scale = self.training.numel() / len(batch)
         self.sums = (1 - eta) * self.sums + (eta * scale) * new

@@ -159,7 +159,8 @@ class Refinement:
         self.sphere = soft_sphere(box, settings.mask_diameter_fraction * box, 0.06 * box)
         first_shell = max(4.0, data.box_angstrom / settings.initial_resolution_angstrom)
         self.shell = min(first_shell, self.grid.max_shell)
-        start = _low_passed(reference * self.sphere, self.shell, self.grid)
+        reference = match_scale(reference * self.sphere, data, self.grid)
+        start = _low_passed(reference, self.shell, self.grid)
         self.halves = [
             _Half(data.take(i), start, None if warm is None else _take_warm(warm, i), self.grid)
             for i in self.indices
@@ -289,6 +290,28 @@ class Refinement:
 
 def _take_warm(warm: WarmPoses, index: Tensor) -> WarmPoses:
     return WarmPoses(warm.rotations[index], warm.shifts_xy_px[index], warm.is_known[index])
+
+
+def match_scale(
+    reference: Float[Tensor, "n n n"], data: ParticleData, grid: ReconstructionGrid, n_shells: int = 4
+) -> Float[Tensor, "n n n"]:
+    """Scale a centred map of unknown units to the images, without poses.
+
+    The mean image over uniform views is the projection of the map's spherical average times the CTF; the factor is
+    the least-squares one over the lowest shells, where that average is far above the noise. A map whose contrast is
+    the images' opposite would get a negative factor and is refused.
+    """
+    cube = volume_to_cube(reference, grid.max_shell)
+    average = grid.shell_sum(cube[0]) / grid.counts.clamp_min(1.0)
+    near = data.within(min(float(n_shells), grid.max_shell))
+    model = average[near.plane.shell]
+    weight = (near.plane.shell > 0).float()
+    observed = (near.ctf * near.coefficients.real).mean(0)
+    expected = near.ctf.square().mean(0) * model
+    factor = float((weight * observed * model).sum() / (weight * expected * model).sum().clamp_min(1e-30))
+    if factor <= 0:
+        raise ValueError(f"reference: scale {factor:.3g}, the map's contrast agrees with the images'")
+    return reference * factor
 
 
 def _low_passed(volume: Tensor, shell: float, grid: ReconstructionGrid) -> Tensor:
