@@ -47,16 +47,40 @@ def bench(
             typer.echo(f"  {key}: {value:.6g}" if isinstance(value, float) else f"  {key}: {value}")
 
 
+def _ingest(folder: Path, size: int | None) -> Figures:
+    from stream.commands.bench_ingest import run_ingest_benchmark
+
+    return [run_ingest_benchmark(size or 10_000, folder)]
+
+
 def _journal(folder: Path, size: int | None) -> Figures:
     from stream.commands.bench_journal import run_journal_benchmark
 
-    return run_journal_benchmark(folder, **({} if size is None else {"n_movies": size}))
+    return run_journal_benchmark(folder, n_movies=size or 100_000)
 
 
 def _stream(folder: Path, size: int | None) -> Figures:
     from stream.commands.bench_stream import run_stream_benchmark
 
-    return [run_stream_benchmark(folder, **({} if size is None else {"n_movies": size}))]
+    return [run_stream_benchmark(folder, n_movies=size or 24)]
 
 
-BENCHMARKS: dict[str, Callable[[Path, int | None], Figures]] = {"journal": _journal, "stream": _stream}
+def _score(folder: Path, size: int | None) -> Figures:
+    from stream.commands.bench_score import run_score_benchmark
+
+    return [run_score_benchmark(folder, n_particles=size or 4_000)]
+
+
+def _feature_cache(folder: Path, size: int | None) -> Figures:
+    from stream.commands.bench_features import run_feature_cache_benchmark
+
+    return run_feature_cache_benchmark(folder, n_particles=size or 120_000)
+
+
+BENCHMARKS: dict[str, Callable[[Path, int | None], Figures]] = {
+    "ingest": _ingest,
+    "journal": _journal,
+    "stream": _stream,
+    "score": _score,
+    "feature-cache": _feature_cache,
+}
