@@ -60,7 +60,7 @@ def build_camera(settings: MicroscopeSettings, rng: np.random.Generator) -> Came
         gain = np.clip(gain, 0.5, 2.0)
         gain /= gain.mean()
     sensitivity = (1.0 / gain).astype(np.float32)
-    n_defects = int(round(settings.defect_fraction * height * width))
+    n_defects = round(settings.defect_fraction * height * width)
     for i, pixel in enumerate(rng.choice(height * width, size=n_defects, replace=False).tolist()):
         y, x = divmod(pixel, width)
         is_dead = i % 2 == 0

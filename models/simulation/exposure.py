@@ -238,7 +238,7 @@ class _Tiles:
         core = min(self._CORE_PX, max(32, max(self._shape) // 3))
         self._hop = core
         self._size = good_size(core + self._TAPER_PX + 2 * self._GUARD_PX)
-        reach = self._size
+        reach = self._size + core  # the last origin lies beyond the frame by up to a core
         self._pad = reach
         height, width = self._shape
         self._origins = [
@@ -312,8 +312,9 @@ def _in_frame(image: Tensor, exit_image: ExitImage, shape_yx_px: tuple[int, int]
 
 def _margin_px(settings: MicroscopeSettings, motion: Motion) -> int:
     """Return a margin that holds the drift and, up to 100 Å, what the CTF carries in from outside."""
-    drift = float(np.abs(motion.global_yx_px).max(initial=0.0))
-    return math.ceil(drift + min(100.0, 0.25 * min(settings.shape_yx_px)) / settings.pixel_size_angstrom) + 16
+    drift_px = float(np.abs(motion.global_yx_px).max(initial=0.0))
+    spread_px = min(100.0 / settings.pixel_size_angstrom, 0.25 * min(settings.shape_yx_px))
+    return math.ceil(drift_px + spread_px) + 16
 
 
 def _draw_ctf(settings: MicroscopeSettings, rng: np.random.Generator) -> CtfTruth:

@@ -203,7 +203,8 @@ def _ice_amplitude(k2: Tensor, pixel_size_angstrom: float) -> Tensor:
 
 def _ice_layer(thickness: Tensor, amplitude: Tensor, generator: torch.Generator) -> Tensor:
     noise = torch.randn(thickness.shape, generator=generator) * thickness.sqrt()
-    return torch.fft.rfft2(noise) * amplitude
+    spectrum: Tensor = torch.fft.rfft2(noise) * amplitude
+    return spectrum
 
 
 def _carbon_layer(
@@ -214,7 +215,8 @@ def _carbon_layer(
     power = CARBON_ATOMS_PER_ANGSTROM3 * thickness * 0.4 / pixel_size_angstrom**2
     amplitude = POTENTIAL_PER_SCATTERING_V_ANGSTROM2 * form_factor(6, k2) * math.sqrt(power)
     noise = torch.fft.rfft2(torch.randn(carbon.shape, generator=generator) * carbon)
-    return noise * amplitude + torch.fft.rfft2(carbon * (4.0 * thickness))
+    spectrum: Tensor = noise * amplitude + torch.fft.rfft2(carbon * (4.0 * thickness))
+    return spectrum
 
 
 def _junk_potential(

@@ -51,9 +51,12 @@ def ideal_backbone(phi_deg: float, psi_deg: float, n_residues: int) -> FloatArra
         np.array([1.458 + 1.525 * math.cos(math.radians(69.0)), 1.525 * math.sin(math.radians(69.0)), 0.0]),
     ]
     for _ in range(n_residues):
-        chain.append(place_atom(*chain[-3:], 1.329, 116.6, psi_deg))
-        chain.append(place_atom(*chain[-3:], 1.458, 121.7, 180.0))
-        chain.append(place_atom(*chain[-3:], 1.525, 111.0, phi_deg))
+        for bond, angle, torsion in (
+            (1.329, 116.6, psi_deg),
+            (1.458, 121.7, 180.0),
+            (1.525, 111.0, phi_deg),
+        ):
+            chain.append(place_atom(chain[-3], chain[-2], chain[-1], bond, angle, torsion))
     atoms = np.empty((n_residues, 4, 3))
     for i in range(n_residues):
         n, ca, c, following = chain[3 * i : 3 * i + 4]

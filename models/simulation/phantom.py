@@ -35,6 +35,9 @@ _RESIDUE_VOLUME_ANGSTROM3 = 175.0
 
 _MIN_CA_DISTANCE_ANGSTROM = 3.9
 _MIN_ATOM_DISTANCE_ANGSTROM = 2.4
+_MIN_BOND_ANGSTROM = 1.2
+"""No two atoms of a residue, or of residues in sequence, are nearer than a bond (C=O is 1.23 Å)."""
+
 _ELEMENT_MASS_DA = {
     z: mass + 1.008 * HYDROGENS_PER_HEAVY_ATOM[z]
     for z, mass in ((6, 12.011), (7, 14.007), (8, 15.999), (16, 32.06))
@@ -277,8 +280,10 @@ def _truncate_side_chains(residues: list[_Residue], mates: FloatArray) -> list[_
     limit = np.array([len(r.atoms) for r in residues])
     for i, other in _close_pairs(atoms, copies):
         mate, j = divmod(other, len(atoms))
-        is_same = mate == 0 and abs(int(owner[i]) - int(owner[j])) <= 1
-        if is_same or order[i] < 4:
+        if order[i] < 4 or i == other:
+            continue
+        is_neighbour = mate == 0 and abs(int(owner[i]) - int(owner[j])) <= 1
+        if is_neighbour and np.linalg.norm(atoms[i] - atoms[j]) > _MIN_BOND_ANGSTROM:
             continue
         loses = order[j] < 4 or (int(owner[j]), int(order[j])) <= (int(owner[i]), int(order[i]))
         if loses and order[j] < limit[owner[j]]:

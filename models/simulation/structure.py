@@ -2,8 +2,8 @@
 
 Potentials are in volts. Electron scattering factors are the five-Gaussian fits C4322 (International Tables C,
 table 4.3.2.2) as tabulated in gemmi; the potential of an atom is 47.878 V Å² times the Fourier transform of
-its scattering factor. Atoms are spread over a grid twice as fine, one grid per element, then multiplied by the
-form factor in Fourier space.
+its scattering factor. Atoms are spread over a finer grid, one grid per element, then multiplied by the form factor in
+Fourier space.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from models.fourier.transforms import centred_irfft3, centred_rfft3
+from models.fourier.transforms import centred_irfft3, centred_rfft3, good_size
 
 POTENTIAL_PER_SCATTERING_V_ANGSTROM2 = 47.87801
 """h²/(2π m e): turns a scattering factor in Å into a potential integral in V Å³."""
@@ -223,33 +223,51 @@ def resample_volume(
 
 
 def _squared_frequencies(box_px: int, pixel_size_angstrom: float) -> Float[Tensor, "d d dr"]:
-    full = torch.fft.fftfreq(box_px, pixel_size_angstrom).square()
-    half = torch.fft.rfftfreq(box_px, pixel_size_angstrom).square()
+    full: Tensor = torch.fft.fftfreq(box_px, pixel_size_angstrom).square()
+    half: Tensor = torch.fft.rfftfreq(box_px, pixel_size_angstrom).square()
     return full[:, None, None] + full[None, :, None] + half[None, None, :]
 
 
 def _splat_fourier(
     positions_angstrom: Float[Tensor, "n 3"], box_px: int, pixel_size_angstrom: float
 ) -> Tensor:
-    """Return the half spectrum of unit point atoms on the box's grid, by trilinear weights on a finer grid.
+    """Return the half spectrum of unit point atoms on the box's grid, by cubic B-splines on a finer grid.
 
-    The trilinear kernel's own transform (sinc²) is divided out, so what is left is aliasing near Nyquist.
+    The spline's own transform (sinc⁴) is divided out. What is left is aliasing: on a grid 1.5 times as fine
+    6 % of the amplitude at Nyquist and 0.2 % at half of it, in random phase.
     """
-    fine = 2 * box_px
-    place = positions_angstrom.flip(-1) * (2.0 / pixel_size_angstrom) + fine // 2
+    fine = good_size(math.ceil(1.5 * box_px))
+    scale = fine / box_px
+    place = positions_angstrom.flip(-1) * (scale / pixel_size_angstrom) + fine // 2
     base = place.floor().long()
-    fraction = place - base
+    weights = _cubic_spline_weights(place - base)
     grid = torch.zeros(fine**3)
-    for corner in range(8):
-        offset = torch.tensor([(corner >> 2) & 1, (corner >> 1) & 1, corner & 1])
-        weight = torch.where(offset.bool(), fraction, 1.0 - fraction).prod(-1)
-        grid.index_add_(0, _flat_index(base + offset, fine), weight)
+    for z in range(4):
+        for y in range(4):
+            for x in range(4):
+                step = torch.tensor([z - 1, y - 1, x - 1])
+                weight = weights[:, 0, z] * weights[:, 1, y] * weights[:, 2, x]
+                grid.index_add_(0, _flat_index(base + step, fine), weight)
     spectrum = centred_rfft3(grid.reshape(fine, fine, fine))
     low = torch.cat((torch.arange((box_px + 1) // 2), torch.arange(fine - box_px // 2, fine)))
     spectrum = spectrum[low][:, low][:, :, : box_px // 2 + 1]
-    full = torch.sinc(torch.fft.fftfreq(fine)[low]).square()
-    half = torch.sinc(torch.fft.rfftfreq(fine)[: box_px // 2 + 1]).square()
+    full = torch.sinc(torch.fft.fftfreq(fine)[low]).pow(4)
+    half = torch.sinc(torch.fft.rfftfreq(fine)[: box_px // 2 + 1]).pow(4)
     return spectrum / (full[:, None, None] * full[None, :, None] * half[None, None, :])
+
+
+def _cubic_spline_weights(t: Float[Tensor, "n 3"]) -> Float[Tensor, "n 3 4"]:
+    """Return the weights of the grid points at -1, 0, 1, 2 for fractions t in [0, 1)."""
+    u = 1.0 - t
+    return torch.stack(
+        (
+            u**3 / 6.0,
+            2.0 / 3.0 - t.square() + 0.5 * t**3,
+            2.0 / 3.0 - u.square() + 0.5 * u**3,
+            t**3 / 6.0,
+        ),
+        dim=-1,
+    )
 
 
 def _flat_index(index_zyx: Int[Tensor, "n 3"], size: int) -> Int[Tensor, " n"]:

@@ -37,13 +37,13 @@ class EpuExposure:
 
 
 def format_epu_xml(exposure: EpuExposure) -> bytes:
-    """Return the XML document (UTF-8, one line, as EPU writes it)."""
+    """Return the XML document (UTF-8, one line, prefixes declared where EPU declares them)."""
     pixel_m = exposure.pixel_size_angstrom * 1e-10
     area = exposure.pixel_size_angstrom**2
-    root = ET.Element(f"{{{_FEI}}}MicroscopeImage")
+    root = ET.Element("MicroscopeImage", {"xmlns": _FEI, "xmlns:i": _XSI})
     _add(root, "name", "Empty")
     _add(root, "uniqueID", str(uuid.uuid5(uuid.NAMESPACE_URL, exposure.unique_name)))
-    custom = _add(root, "CustomData")
+    custom = _add(root, "CustomData", a=_ARRAYS)
     for key, kind, value in (
         ("DoseOnCamera", "double", repr(exposure.dose_e_per_angstrom2 * area)),
         ("Detectors[EF-Falcon].CommercialName", "string", "icestream virtual camera"),
@@ -58,13 +58,11 @@ def format_epu_xml(exposure: EpuExposure) -> bytes:
     for axis in ("x", "y"):
         element = _add(scale, axis)
         _add(element, "numericValue", repr(pixel_m))
-        unit = _add(element, "unit")
-        _add(unit, "_x003C_PrefixExponent_x003E_k__BackingField", "1", namespace=_COMMON)
-        _add(unit, "_x003C_Symbol_x003E_k__BackingField", "m", namespace=_COMMON)
+        unit = _add(element, "unit", a=_COMMON)
+        _add(unit, "a:_x003C_PrefixExponent_x003E_k__BackingField", "1")
+        _add(unit, "a:_x003C_Symbol_x003E_k__BackingField", "m")
     _add_microscope(root, exposure)
-    for prefix, namespace in (("", _FEI), ("i", _XSI)):
-        ET.register_namespace(prefix, namespace)
-    return bytes(ET.tostring(root, encoding="utf-8", xml_declaration=False))
+    return ET.tostring(root, encoding="unicode").encode()
 
 
 def _add_microscope(root: ET.Element, exposure: EpuExposure) -> None:
@@ -73,40 +71,40 @@ def _add_microscope(root: ET.Element, exposure: EpuExposure) -> None:
     moment = datetime.fromtimestamp(exposure.acquired_at, UTC)
     _add(acquisition, "acquisitionDateTime", moment.isoformat(timespec="microseconds"))
     camera = _add(acquisition, "camera")
-    binning = _add(camera, "Binning")
+    binning = _add(camera, "Binning", a=_DRAWING)
     for axis in ("x", "y"):
-        _add(binning, axis, "1", namespace=_DRAWING)
-    specific = _add(camera, "CameraSpecificInput")
+        _add(binning, f"a:{axis}", "1")
+    specific = _add(camera, "CameraSpecificInput", a=_ARRAYS)
     _add_pair(specific, "ElectronCountingEnabled", "boolean", "true")
     if exposure.n_fractions is not None:
-        value = _add_pair(specific, "FractionationSettings", None, None)
-        value.set(f"{{{_XSI}}}type", "b:EquidistantFractionation")
-        _add(value, "NumberOffractions", str(exposure.n_fractions), namespace=_OMP)
+        pair = _add(specific, "a:KeyValueOfstringanyType")
+        _add(pair, "a:Key", "FractionationSettings")
+        value = _add(pair, "a:Value", b=_OMP)
+        value.set("i:type", "b:EquidistantFractionation")
+        _add(value, "b:NumberOffractions", str(exposure.n_fractions))
     _add(camera, "ExposureTime", repr(exposure.exposure_time_s))
     _add(camera, "Name", "EF-Falcon")
-    area = _add(camera, "ReadoutArea")
-    _add(area, "height", str(exposure.shape_yx_px[0]), namespace=_DRAWING)
-    _add(area, "width", str(exposure.shape_yx_px[1]), namespace=_DRAWING)
+    area = _add(camera, "ReadoutArea", a=_DRAWING)
+    _add(area, "a:height", str(exposure.shape_yx_px[0]))
+    _add(area, "a:width", str(exposure.shape_yx_px[1]))
     core = _add(data, "core")
     _add(core, "ApplicationSoftware", "icestream virtual microscope")
     _add(_add(data, "gun"), "AccelerationVoltage", repr(exposure.voltage_kv * 1e3))
     optics = _add(data, "optics")
-    shift = _add(optics, "BeamShift")
-    _add(shift, "_x", repr(exposure.beam_shift_xy[0]), namespace=_TYPES)
-    _add(shift, "_y", repr(exposure.beam_shift_xy[1]), namespace=_TYPES)
+    shift = _add(optics, "BeamShift", a=_TYPES)
+    _add(shift, "a:_x", repr(exposure.beam_shift_xy[0]))
+    _add(shift, "a:_y", repr(exposure.beam_shift_xy[1]))
     _add(optics, "Defocus", repr(-exposure.defocus_um * 1e-6))
 
 
-def _add(parent: ET.Element, name: str, text: str | None = None, *, namespace: str = _FEI) -> ET.Element:
-    element = ET.SubElement(parent, f"{{{namespace}}}{name}")
+def _add(parent: ET.Element, name: str, text: str | None = None, **prefixes: str) -> ET.Element:
+    """Append an element; `prefixes` are namespaces that it declares."""
+    element = ET.SubElement(parent, name, {f"xmlns:{key}": value for key, value in prefixes.items()})
     element.text = text
     return element
 
 
-def _add_pair(parent: ET.Element, key: str, kind: str | None, value: str | None) -> ET.Element:
-    pair = _add(parent, "KeyValueOfstringanyType", namespace=_ARRAYS)
-    _add(pair, "Key", key, namespace=_ARRAYS)
-    element = _add(pair, "Value", value, namespace=_ARRAYS)
-    if kind is not None:
-        element.set(f"{{{_XSI}}}type", f"b:{kind}")
-    return element
+def _add_pair(parent: ET.Element, key: str, kind: str, value: str) -> None:
+    pair = _add(parent, "a:KeyValueOfstringanyType")
+    _add(pair, "a:Key", key)
+    _add(pair, "a:Value", value, b=_XSD).set("i:type", f"b:{kind}")
