@@ -269,9 +269,10 @@ def correct_by_random(
 
 def fsc_table(curves: FscCurves) -> dict[str, list[float]]:
     """Return the columns of RELION's `data_fsc` block; row 0 (zero frequency) has resolution 999 Å as there."""
-    frequency = curves.frequencies_per_angstrom.tolist()
+    frequency: list[float] = curves.frequencies_per_angstrom.tolist()
+    spectral_index: list[float] = [*range(len(frequency))]
     return {
-        "rlnSpectralIndex": [float(s) for s in range(len(frequency))],
+        "rlnSpectralIndex": spectral_index,
         "rlnResolution": frequency,
         "rlnAngstromResolution": [999.0 if f == 0 else 1.0 / f for f in frequency],
         "rlnFourierShellCorrelationCorrected": curves.corrected.tolist(),
