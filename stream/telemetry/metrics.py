@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections import Counter, OrderedDict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from statistics import median
 from typing import assert_never
 
@@ -111,7 +110,8 @@ class Telemetry:
         self._recent = RecentScores(n_recent_movies)
         self._known: set[ExposureId] = set()
         self._found_at: OrderedDict[ExposureId, float] = OrderedDict()
-        self._arrivals: deque[float] = deque(maxlen=50)
+        self._gaps: deque[float] = deque(maxlen=49)
+        self._last_arrival: float | None = None
         self._particle_files: set[str] = set()
         self._expected_interval_s = expected_interval_s
         self._is_map_known = False
@@ -179,11 +179,10 @@ class Telemetry:
         self._found_at[exposure.exposure_id] = at
         if len(self._found_at) > MAX_FOLLOWED:
             self._found_at.popitem(last=False)
-        self._arrivals.append(at)
-        if self._expected_interval_s is None and len(self._arrivals) > 1:
-            times = list(self._arrivals)
-            gaps = [max(0.0, b - a) for a, b in pairwise(times)]
-            series.movie_interval.set(median(gaps))
+        if self._expected_interval_s is None and self._last_arrival is not None:
+            self._gaps.append(max(0.0, at - self._last_arrival))
+            series.movie_interval.set(median(self._gaps))
+        self._last_arrival = at
 
     def _count_bytes_once(self, exposure: Exposure) -> bool:
         """Tell whether the file's size still has to be counted: a particle file comes once per micrograph."""
@@ -238,10 +237,7 @@ class Telemetry:
         is_resolved = result.resolution_angstrom is not None
         self._count_run("resolved" if is_resolved else "unresolved")
         self._is_map_known = self._is_map_known or is_resolved
-        seconds = {step: value for step, value in result.seconds.items() if step != "total"}
-        if result.seconds:
-            total = result.seconds.get("total", sum(seconds.values()))
-            series.stage_seconds.labels("engine").observe(total)
+        self._take_seconds("engine", result.seconds)
         engine = result.engine if result.engine in _ENGINES else "other"
         values: tuple[tuple[Gauge, float | None], ...] = (
             (series.resolution, result.resolution_angstrom),

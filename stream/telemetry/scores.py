@@ -6,6 +6,8 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from threading import Lock
 
+import numpy as np
+import numpy.typing as npt
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -14,6 +16,8 @@ from stream.records.errors import InvariantError
 
 N_SCORE_BINS = 100
 """`RankResult.score_histogram` has this many equal bins over [0, 1]."""
+
+Bins = npt.NDArray[np.int64]
 
 EXPORTED_EVERY = 5
 """Bins per exported bucket: edges 0.05 apart are what a heat map can show, and 20 series are cheap to keep."""
@@ -36,27 +40,25 @@ class ScoreDistribution(Collector):
     def __init__(self, name: str, text: str) -> None:
         self._name = name
         self._text = text
-        self._counts = [0] * N_SCORE_BINS
+        self._counts = np.zeros(N_SCORE_BINS, np.int64)
         self._lock = Lock()
 
     def add(self, histogram: Sequence[int]) -> None:
         """Add one movie's counts."""
-        check_bins(histogram)
+        added = as_bins(histogram)
         with self._lock:
-            for index, count in enumerate(histogram):
-                self._counts[index] += count
+            self._counts += added
 
     def collect(self) -> Iterator[Metric]:
         """Yield the histogram with cumulative buckets, as Prometheus asks for it."""
         with self._lock:
-            counts = list(self._counts)
-        buckets: list[tuple[str, float]] = []
-        running = 0
-        for start in range(0, N_SCORE_BINS, EXPORTED_EVERY):
-            running += sum(counts[start : start + EXPORTED_EVERY])
-            buckets.append((repr((start + EXPORTED_EVERY) / N_SCORE_BINS), float(running)))
-        buckets.append(("+Inf", float(running)))
-        total = sum((index + 0.5) / N_SCORE_BINS * count for index, count in enumerate(counts))
+            counts = self._counts.copy()
+        cumulative = counts.cumsum()[EXPORTED_EVERY - 1 :: EXPORTED_EVERY]
+        edges = [(index + 1) * EXPORTED_EVERY / N_SCORE_BINS for index in range(len(cumulative))]
+        buckets = [(repr(edge), float(count)) for edge, count in zip(edges, cumulative, strict=True)]
+        buckets.append(("+Inf", float(cumulative[-1])))
+        middles = (np.arange(N_SCORE_BINS) + 0.5) / N_SCORE_BINS
+        total = float((middles * counts).sum())
         yield HistogramMetricFamily(self._name, self._text, buckets=buckets, sum_value=total)
 
 
@@ -71,33 +73,30 @@ class RecentScores:
 
     def __init__(self, n_movies: int) -> None:
         self._n_movies = n_movies
-        self._recent: deque[tuple[int, ...]] = deque()
-        self._pooled = [0] * N_SCORE_BINS
+        self._recent: deque[Bins] = deque()
+        self._pooled = np.zeros(N_SCORE_BINS, np.int64)
 
     def add(self, histogram: Sequence[int]) -> None:
         """Add one movie and forget the oldest when there are too many."""
-        check_bins(histogram)
-        self._recent.append(tuple(histogram))
-        for index, count in enumerate(histogram):
-            self._pooled[index] += count
+        added = as_bins(histogram)
+        self._recent.append(added)
+        self._pooled += added
         if len(self._recent) > self._n_movies:
-            for index, count in enumerate(self._recent.popleft()):
-                self._pooled[index] -= count
+            self._pooled -= self._recent.popleft()
 
     def median(self) -> float | None:
         """Return the pooled median, interpolated within its bin, or None when nothing was scored."""
-        total = sum(self._pooled)
-        if not total:
+        cumulative = self._pooled.cumsum()
+        half = int(cumulative[-1]) / 2
+        if not half:
             return None
-        below = 0
-        for index, count in enumerate(self._pooled):
-            if count and below + count >= total / 2:
-                return (index + (total / 2 - below) / count) / N_SCORE_BINS
-            below += count
-        raise InvariantError("recent scores", "half of the particles lie below the last bin's end", total)
+        index = int(np.searchsorted(cumulative, half))
+        count = int(self._pooled[index])
+        return (index + (half - (int(cumulative[index]) - count)) / count) / N_SCORE_BINS
 
 
-def check_bins(histogram: Sequence[int]) -> None:
-    """Refuse a histogram of another shape."""
+def as_bins(histogram: Sequence[int]) -> Bins:
+    """Return a histogram as an array, or refuse one of another shape."""
     if len(histogram) != N_SCORE_BINS:
         raise InvariantError("score histogram", f"it has {N_SCORE_BINS} bins", len(histogram))
+    return np.asarray(histogram, np.int64)

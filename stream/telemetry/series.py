@@ -22,7 +22,12 @@ MILESTONES = ("preprocessed", "ranked")
 DECISIONS = ("accepted", "below_threshold", "unscored")
 RUN_KINDS = ("first", "update")
 RUN_OUTCOMES = ("resolved", "unresolved", "failed", "superseded")
-STEPS = ("read", "motion", "ctf", "pick", "extract", "write", "load", "score", "cache", "wait", "other")
+STEPS = (
+    "read", "motion", "ctf", "pick", "extract", "write", "import",
+    "lookup", "inference", "store",
+    "collect", "initial_model", "refine", "diagnostics",
+    "other",
+)  # fmt: skip
 QUARANTINE_REASONS = (
     "permission", "vanished", "truncated", "format", "dimensions", "gain", "metadata", "values", "machine", "other",
 )  # fmt: skip
