@@ -23,6 +23,7 @@ import logging
 import os
 import re
 import threading
+import time
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -72,10 +73,17 @@ class _Segment:
 
 
 class FeatureCache:
-    """Scores and features by (model hash, particle uid) in `folder`; see the module's docstring."""
+    """Scores and features by (model hash, particle uid) in `folder`; see the module's docstring.
 
-    def __init__(self, folder: Path) -> None:
+    Parameters
+    ----------
+    lock_timeout_s
+        How long the first append waits for another writer, which may be dying, to let go.
+    """
+
+    def __init__(self, folder: Path, *, lock_timeout_s: float = 5.0) -> None:
         self.folder = folder
+        self._lock_timeout_s = lock_timeout_s
         self._lock = threading.RLock()
         self._segments: dict[str, tuple[_Segment, ...]] = {}
         self._release: weakref.finalize[[int], FeatureCache] | None = None
@@ -226,13 +234,17 @@ class FeatureCache:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(self.folder / ".writer.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(descriptor)
-            raise ResourceError(
-                self.folder, "one process at a time writes the feature cache", error
-            ) from error
+        deadline = time.monotonic() + self._lock_timeout_s
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if time.monotonic() >= deadline:
+                    os.close(descriptor)
+                    rule = "one process at a time writes the feature cache"
+                    raise ResourceError(self.folder, rule, error) from error
+            time.sleep(0.05)
         self._release = weakref.finalize(self, os.close, descriptor)
 
     def _clean(self, model_hash: str, segments: Sequence[_Segment]) -> None:

@@ -174,12 +174,22 @@ def test_readers_in_threads_never_miss_a_row_while_the_writer_merges(
 
 def test_a_second_writer_is_refused_until_the_first_closes(cache: FeatureCache):
     cache.append(MODEL, *rows(1, 2))
-    with FeatureCache(cache.folder) as second:
+    with FeatureCache(cache.folder, lock_timeout_s=0.1) as second:
         with pytest.raises(ResourceError, match="one process at a time"):
             second.append(MODEL, *rows(3, 2))
         cache.close()
         second.append(MODEL, *rows(3, 2))
         assert second.count(MODEL) == 4
+
+
+def test_a_new_writer_waits_for_one_that_is_about_to_let_go(cache: FeatureCache):
+    cache.append(MODEL, *rows(1, 2))
+    letting_go = threading.Timer(0.2, cache.close)
+    letting_go.start()
+    with FeatureCache(cache.folder, lock_timeout_s=20) as second:
+        second.append(MODEL, *rows(3, 2))
+        assert second.count(MODEL) == 4
+    letting_go.join()
 
 
 def test_features_of_another_length_are_refused(cache: FeatureCache):
