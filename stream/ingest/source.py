@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from stream.ingest.files import fingerprint_file
+from stream.ingest.files import fingerprint_file, translate_os_error
 from stream.ingest.gain import GainConvention
 from stream.ingest.settle import UNREADABLE_STAT, FileStat, FileState, SettleGuard
 from stream.ingest.validation import (
@@ -297,8 +297,10 @@ class ExposureSource:
             if self._guard.vanish(path) in {FileState.WAITING, FileState.CHECKING}:
                 self._dropped.append(f"{path}: the file vanished before it had settled")
             return
-        except OSError:
-            self._observe(path, UNREADABLE_STAT, now)  # the reader names the reason
+        except OSError as error:
+            # A stale handle or an I/O error says nothing about the file: it is looked at again later.
+            if not isinstance(translate_os_error(path, error), ResourceError):
+                self._observe(path, UNREADABLE_STAT, now)  # the reader names the reason
             return
         self._observe(path, FileStat(status.st_size, status.st_mtime_ns, status.st_ino), now)
 

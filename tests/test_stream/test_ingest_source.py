@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tifffile
 
+from stream.ingest.movie_reader import iterate_frames
 from stream.ingest.source import UNREADABLE, ExposureSource, KnownFile, SourceSettings
 from stream.records.errors import ConfigurationError
 from stream.records.events import ExposureFound, FileRejected
@@ -463,3 +464,64 @@ def test_a_clock_that_runs_ahead_on_the_microscope_does_not_hold_files_back(tmp_
     h = harness(tmp_path)
     h.run()
     assert [e.name for e in h.found] == ["a"]
+
+
+def test_an_io_error_neither_rejects_a_file_nor_offers_it_twice(tmp_path, harness, monkeypatch):
+    root = tmp_path / "movies"
+    root.mkdir()
+    (root / "a.tif").write_bytes(movie_bytes(tmp_path))
+    h = harness(root)
+    h.run()
+    is_stale, real_stat = True, Path.stat
+
+    def guarded(self, **options: object):
+        if is_stale and self.name == "a.tif":
+            raise OSError(116, "Stale file handle", str(self))
+        return real_stat(self, **options)
+
+    monkeypatch.setattr(Path, "stat", guarded)
+    os.utime(root / "a.tif")  # a notice, and a look that fails
+    h.run(lambda _: h.clock.now > 1030)
+    assert len(h.events) == 1
+    is_stale = False
+    h.run(lambda events: len(events) == 2)  # the touch is a change, and comes through now
+    assert [e.name for e in h.found] == ["a", "a"]
+    assert h.rejected == []
+
+
+@pytest.mark.parametrize("movie_format", ["tiff", "eer", "mrc"])
+def test_what_the_virtual_microscope_writes_is_taken_with_its_metadata(tmp_path, harness, movie_format):
+    from stream.ingest.epu_xml import EpuExposure, format_epu_xml
+    from stream.ingest.movie_writers import MovieFormat, write_gain_reference, write_movie
+
+    root = tmp_path / "movies"
+    root.mkdir()
+    exposure = EpuExposure(
+        unique_name="x", acquired_at=1.7e9, pixel_size_angstrom=0.9, dose_e_per_angstrom2=40.0, voltage_kv=200.0,
+        defocus_um=1.5, n_fractions=None if movie_format == "eer" else 4, shape_yx_px=(48, 64), beam_shift_xy=(0.1, -0.2),
+    )  # fmt: skip
+    (root / "m_0001_fractions.xml").write_bytes(format_epu_xml(exposure))
+    frames = np.random.default_rng(0).poisson(1, (4, 48, 64)).astype(np.uint8)
+    path = root / f"m_0001_fractions.{movie_format}"
+    write_movie(path, iter(frames), MovieFormat(movie_format), pixel_size_angstrom=0.9, eer_sub_frames=16)
+    write_gain_reference(tmp_path / "gain.mrc", np.ones((48, 64), np.float32))
+    h = harness(
+        root,
+        pixel_size_angstrom=0.9,
+        voltage_kv=200,
+        dose_e_per_angstrom2=40,
+        gain=tmp_path / "gain.mrc",
+        give_up_s=1e6,
+    )
+    h.run()
+    (found,) = h.found
+    assert (found.n_frames, found.shape_yx) == (64 if movie_format == "eer" else 4, (48, 64))
+    assert found.metadata.dose_e_per_angstrom2 == pytest.approx(40)
+    assert found.metadata.beam_shift_group == "0.1000,-0.2000"
+    fractions = np.stack(list(iterate_frames(path, eer_fractions=4)))
+    if (
+        movie_format == "eer"
+    ):  # at most one event per pixel and frame: a few counts are lost, none is invented
+        assert 0.9 * frames.sum() < fractions.sum() <= frames.sum()
+    else:
+        np.testing.assert_array_equal(fractions, frames)
