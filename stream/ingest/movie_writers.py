@@ -195,9 +195,7 @@ def encode_eer_frame(frame: Frame, rng: np.random.Generator) -> bytes:
     """
     flat = frame.reshape(-1)
     if int(flat.max(initial=0)) > 1:
-        raise ValueError(
-            f"frame: {int(flat.max())} counts in a pixel, an EER frame holds at most 1 event per pixel"
-        )
+        raise InputError("EER frame", "holds at most 1 event per pixel", int(flat.max()))
     positions = np.flatnonzero(flat).astype(np.int64)
     # The gap before each event, and the empty pixels after the last one.
     gaps = np.diff(np.concatenate(([-1], positions, [flat.size]))) - 1

@@ -1,8 +1,8 @@
 """Writes simulated exposures as a microscope would, at its pace, and the truth beside them.
 
 Knows nothing of how exposures are made: it takes any object with the shape of `Exposure`. The clock and the
-waiting are handed in. A movie that exists already, with its truth, is kept: a session that was interrupted
-goes on where it stopped, with the same bytes.
+waiting are handed in. Movies appear by rename (or grow, with a slow writer); the truth of a movie is on disk
+just after the movie. A folder that holds a session already is written anew, with the same bytes.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def _write_exposure(
             )
         )
         path.with_suffix(".xml").write_bytes(document)
-    target = path.with_name(f".whole-{path.name}") if settings.slow_writer_s > 0 else path
+    target = settings.out / f".whole-{path.name}" if settings.slow_writer_s > 0 else path
     write_movie(
         target,
         exposure.frames(),
