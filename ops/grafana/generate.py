@@ -336,7 +336,7 @@ BOOKS = Row(
         Panel(
             title="Quarantine by reason", about="In quarantine now.",
             queries=(
-                Query(expr=f"sum by (reason) (icestream_quarantined_movies{{{ME}}}) > 0 or vector(0)", legend="{{reason}}"),
+                Query(expr=f"sum by (reason) (icestream_quarantined_movies{{{ME}}})", legend="{{reason}}"),
             ),
             is_stacked=True, minimum=0,
         ),
