@@ -85,7 +85,7 @@ class PreprocessSettings:
     ctf_search: CtfSearch = field(default_factory=CtfSearch)
     particle_diameter_angstrom: float = 150.0
     pick_diameter_tolerance: float = 0.15
-    pick_threshold_sd: float = 4.0
+    pick_threshold_sd: float = 4.5
     max_picks: int = 2000
     box_size_px: int | None = None
     extract_pixel_size_angstrom: float | None = None

@@ -20,7 +20,6 @@ from torch import Tensor
 from models.fourier.filters import smooth_gaussian
 from models.fourier.transforms import crop_rfft2, good_size
 
-
 # A template's surround, in radii, and the radii of the hollow in its shells (0: a ball; 0.66: a ferritin).
 _SUPPORT = 1.3
 _HOLLOWS = (0.0, 0.66)
@@ -31,7 +30,7 @@ class BlobSettings:
     """What a particle looks like and how many there may be.
 
     Diameters are in Å; `n_scales` are spread evenly over the range. `min_distance_angstrom` separates picks
-    (None: 0.75 of the smallest diameter). `threshold` is in z-score units (safe: 3.5-6). `border_angstrom` keeps
+    (None: 0.75 of the mean diameter). `threshold` is in z-score units (safe: 3.5-6). `border_angstrom` keeps
     picks away from the edge. `contamination_sd` is the limit of the
     contamination mask in robust standard deviations.
     """
@@ -40,7 +39,7 @@ class BlobSettings:
     max_diameter_angstrom: float
     n_scales: int = 3
     min_distance_angstrom: float | None = None
-    threshold: float = 4.0
+    threshold: float = 4.5
     max_picks: int = 2000
     border_angstrom: float = 0.0
     contamination_sd: float = 6.0
@@ -207,7 +206,8 @@ def _local_maxima(
     response: Tensor, mask: Tensor, pixel: float, settings: BlobSettings
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
     best, scale = (array.numpy() for array in response.max(dim=0))
-    distance = settings.min_distance_angstrom or 0.75 * settings.min_diameter_angstrom
+    mean_diameter = 0.5 * (settings.min_diameter_angstrom + settings.max_diameter_angstrom)
+    distance = settings.min_distance_angstrom or 0.75 * mean_diameter
     border = max(1, math.ceil(settings.border_angstrom / pixel))
     # candidates: maxima of their 3 × 3 neighbourhood, then greedy suppression by distance, best first
     is_peak = (best == ndimage.maximum_filter(best, size=3)) & (best >= settings.threshold) & ~mask.numpy()
