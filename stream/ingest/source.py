@@ -112,11 +112,15 @@ class SourceSettings:
 
 @dataclass(frozen=True, slots=True)
 class KnownFile:
-    """What the journal already has: found or rejected, under this name, with this file."""
+    """What the journal already has: found or rejected, under this name, with this file.
+
+    `is_offered_again` keeps the name but judges the file anew (see `is_about_settings`).
+    """
 
     exposure_id: ExposureId
     name: str
     file: FileIdentity
+    is_offered_again: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +163,8 @@ class ExposureSource:
         for item in known:
             self._names[item.name] = item.exposure_id
             self._name_of[item.exposure_id] = item.name
+            if item.is_offered_again:
+                continue
             self._known_files[item.exposure_id] = _stat_of(item.file)
             if not self._is_file:  # of a particle file, the journal may have only some of its exposures
                 self._offered[item.file.path] = _stat_of(item.file)
@@ -409,6 +415,11 @@ class ExposureSource:
         self._names[name] = exposure_id
         self._name_of[exposure_id] = name
         return name
+
+
+def is_about_settings(reason: str) -> bool:
+    """Return whether a rejection speaks of the settings, so that a restart with others may take the file."""
+    return "agrees with the configuration" in reason or "gain reference" in reason
 
 
 def _stat_of(file: FileIdentity) -> FileStat:

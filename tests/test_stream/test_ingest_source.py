@@ -11,7 +11,7 @@ import pytest
 import tifffile
 
 from stream.ingest.movie_reader import iterate_frames
-from stream.ingest.source import UNREADABLE, ExposureSource, KnownFile, SourceSettings
+from stream.ingest.source import UNREADABLE, ExposureSource, KnownFile, SourceSettings, is_about_settings
 from stream.records.errors import ConfigurationError
 from stream.records.events import ExposureFound, FileRejected
 from stream.records.particles import derive_exposure_id
@@ -293,6 +293,24 @@ def test_a_wrong_gain_rejects_the_movie_at_once_with_gain_shapes_and_remedy(tmp_
     turned = harness(root, gain=gain, gain_rotate_deg=90)
     turned.run()
     assert [e.name for e in turned.found] == ["a"]  # and the gain itself is no movie
+
+
+def test_a_rejection_for_the_settings_sake_is_judged_anew_by_a_restart_that_asks_for_it(tmp_path, harness):
+    root = tmp_path / "movies"
+    root.mkdir()
+    for name in ("a_fractions.tiff", "broken.tif"):
+        (root / name).write_bytes(movie_bytes(tmp_path)[: None if name.startswith("a") else 300])
+    (root / "a.xml").write_text(EPU.format(pixel="0.85"))
+    first = harness(root, pixel_size_angstrom=1.1)
+    first.run()
+    known = [
+        KnownFile(e.exposure_id, e.name, e.file, is_offered_again=is_about_settings(e.reason))
+        for e in first.rejected
+    ]
+    assert [k.is_offered_again for k in sorted(known, key=lambda k: k.name)] == [True, False]
+    second = harness(root, pixel_size_angstrom=0.85, known=known)
+    second.run()
+    assert [event.exposure.name for event in second.events] == ["a_fractions"]
 
 
 def test_a_gain_that_is_not_there_is_a_configuration_error_at_the_start(tmp_path, harness):
