@@ -27,7 +27,8 @@ def run_score_benchmark(
 
     The baseline is `OnnxRanker.score` on the same images, which lie in memory, in batches of the same size: it
     includes the model's own preprocessing, but no reading, no checks, no batching across stacks and no cache.
-    Whole path and baseline alternate `n_repeats` times and the medians count, because machines are shared.
+    Whole path and baseline alternate `n_repeats` times and the medians count, because machines are shared. `cpu_ratio` is the share of the whole path's processor
+    time that inference takes, which others on the machine do not change.
     """
     from actors.ranker import BatchingRanker
     from stream.commands.score import load_scorer
@@ -37,13 +38,14 @@ def run_score_benchmark(
     scorer = load_scorer(model, n_threads=n_threads, batch_size=batch_size)
     images = np.concatenate([np.memmap(path, np.float32, "r", 1024, shape) for path, shape in stacks])
     scorer.score(images[:batch_size])
-    whole_s, inference_s = [], []
+    whole_s, inference_s, whole_cpu_s, inference_cpu_s = [], [], 0.0, 0.0
     for repeat in range(n_repeats):
-        started = time.perf_counter()
+        started, started_cpu = time.perf_counter(), time.process_time()
         for start in range(0, n_particles, batch_size):
             scorer.score(images[start : start + batch_size])
         inference_s.append(time.perf_counter() - started)
-        started = time.perf_counter()
+        inference_cpu_s += time.process_time() - started_cpu
+        started, started_cpu = time.perf_counter(), time.process_time()
         with FeatureCache(folder / f"features{repeat}") as cache, ThreadPoolExecutor(n_callers) as callers:
             ranker = BatchingRanker(scorer, cache, batch_size=batch_size)
 
@@ -57,6 +59,7 @@ def run_score_benchmark(
             n_scored = sum(callers.map(score_stack, range(len(stacks))))
             ranker.close()
         whole_s.append(time.perf_counter() - started)
+        whole_cpu_s += time.process_time() - started_cpu
     value, baseline = (n_particles / float(np.median(seconds)) for seconds in (whole_s, inference_s))
     return {
         "name": "score",
@@ -65,6 +68,7 @@ def run_score_benchmark(
         "baseline": "inference alone, same images in memory, same run",
         "baseline_value": baseline,
         "ratio": value / baseline,
+        "cpu_ratio": inference_cpu_s / whole_cpu_s,
         "n_particles": n_particles,
         "n_scored": n_scored,
         "box_size_px": box_size_px,
