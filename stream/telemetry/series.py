@@ -40,7 +40,7 @@ SECONDS_BUCKETS = (
 _REASON_WORDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
         "machine",
-        ("failed 2 times", "failed 3 times", "times, last", "worker", "out of memory", "no space", "disk"),
+        ("worker", "out of memory", "no space", "disk", "time limit"),
     ),
     ("permission", ("permission", "not readable", "unreadable", "access")),
     ("vanished", ("vanish", "no such file", "does not exist", "disappeared", "gone", "missing file")),
@@ -64,7 +64,8 @@ def classify_reason(text: str) -> str:
     for reason, words in _REASON_WORDS:
         if any(word in lowered for word in words):
             return reason
-    return "other"
+    # The controller's words for an item that was tried too often, whatever the last failure said.
+    return "machine" if text.startswith("failed ") else "other"
 
 
 class TidyRegistry(CollectorRegistry):
