@@ -46,11 +46,19 @@ _BATCH = 128
 
 
 class ImportSettings(Protocol):
-    """The one preprocessing setting that matters for particles which are already cut out."""
+    """The preprocessing settings that matter for particles which are already cut out."""
 
     @property
     def particle_diameter_angstrom(self) -> float:
         """Longest diameter of the particle."""
+
+    @property
+    def optics(self) -> Optics:
+        """Used where the file does not say (bare stacks)."""
+
+    @property
+    def pixel_size_angstrom(self) -> float:
+        """Used where neither file nor stack says."""
 
 
 Normalization = Literal["auto", "always", "never"]
@@ -80,7 +88,7 @@ def import_particles(
         The file or a stack changed since it was found, or no image of the share is usable.
     """
     started = time.monotonic()
-    table = _select(exposure, root)
+    table = _select(exposure, root, settings)
     kept, images = _read_valid(table)
     read_s = time.monotonic() - started
     if len(kept) == 0:
@@ -106,10 +114,15 @@ def import_particles(
     )
 
 
-def _select(exposure: Exposure, root: Path) -> ParticleTable:
+def _select(exposure: Exposure, root: Path, settings: ImportSettings) -> ParticleTable:
     """The rows of this exposure; their optics must be one."""
     folder = root if root.is_dir() else root.parent
-    table = read_particle_table_cached(exposure.file.path, root=folder)
+    table = read_particle_table_cached(
+        exposure.file.path,
+        root=folder,
+        optics=settings.optics,
+        pixel_size_angstrom=exposure.metadata.pixel_size_angstrom or settings.pixel_size_angstrom,
+    )
     groups = {group.name: group.rows for group in split_by_micrograph(table)}
     name = exposure.micrograph_name
     if name is None or name not in groups:

@@ -94,17 +94,31 @@ def read_particle_table(
 
 
 @functools.lru_cache(maxsize=2)
-def _cached_table(key: tuple[str, int, int], root: Path | None) -> ParticleTable:
-    return read_particle_table(key[0], root=root)
+def _cached_table(
+    key: tuple[str, int, int],
+    root: Path | None,
+    optics: Optics | None,
+    pixel_size_angstrom: float | None,
+) -> ParticleTable:
+    return read_particle_table(
+        key[0], root=root, require_ctf=False, optics=optics, pixel_size_angstrom=pixel_size_angstrom
+    )
 
 
-def read_particle_table_cached(path: str | Path, *, root: Path | None = None) -> ParticleTable:
-    """Return the table, read anew only when the file has changed (each micrograph's actor asks for it)."""
+def read_particle_table_cached(
+    path: str | Path,
+    *,
+    root: Path | None = None,
+    optics: Optics | None = None,
+    pixel_size_angstrom: float | None = None,
+) -> ParticleTable:
+    """Return the table, CTF or not, read anew only when the file has changed (each micrograph's actor asks)."""
     try:
         status = Path(path).stat()
     except OSError as error:
         raise translate_os_error(path, error) from error
-    return _cached_table((str(Path(path).absolute()), status.st_size, status.st_mtime_ns), root)
+    key = (str(Path(path).absolute()), status.st_size, status.st_mtime_ns)
+    return _cached_table(key, root, optics, pixel_size_angstrom)
 
 
 class _PathFinder:

@@ -58,7 +58,8 @@ class SourceSettings:
     """What to watch and how; empty `include` means the usual names of this kind of input.
 
     `root` is a folder, or for particles the STAR, .cs or .mrcs file; `particle_root` is the folder to which
-    paths in it are relative, where that is not one of its parents. `metadata_wait_s` is how long a movie waits
+    paths in it are relative, where that is not one of its parents; without `require_ctf` particles are taken that
+    can be scored but not reconstructed (bare stacks). `metadata_wait_s` is how long a movie waits
     for its EPU XML or mdoc. `n_readers` threads judge files, at most `max_in_check` at a time.
     """
 
@@ -83,6 +84,7 @@ class SourceSettings:
     gain_rotate_deg: int = 0
     gain_convention: GainConvention = "auto"
     particle_root: Path | None = None
+    require_ctf: bool = True
     n_readers: int = 2
     max_in_check: int = 16
 
@@ -328,13 +330,14 @@ class ExposureSource:
         relative = path.relative_to(self._base).as_posix()
         try:
             if self._is_file:
-                return _Verdict(
-                    tuple(
-                        validate_particle_file(
-                            path, relative, self._settings.expected, root=self._settings.particle_root
-                        )
-                    )
+                exposures = validate_particle_file(
+                    path,
+                    relative,
+                    self._settings.expected,
+                    root=self._settings.particle_root,
+                    require_ctf=self._settings.require_ctf,
                 )
+                return _Verdict(tuple(exposures))
             exposure = validate_image_file(
                 path,
                 relative,

@@ -11,11 +11,13 @@ import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from stream.ingest.files import identify_file
 from stream.ingest.gain import GainConvention, GainReference, check_gain, orient_gain, read_gain
 from stream.ingest.metadata import Sidecar, check_against_configuration, find_sidecar, read_sidecar
 from stream.ingest.movie_reader import MovieHeader, check_content, inspect_micrograph, inspect_movie
-from stream.ingest.particle_sets import read_particle_table_cached, split_by_micrograph
+from stream.ingest.particle_sets import read_particle_table, split_by_micrograph
 from stream.records.errors import ConfigurationError, InputError
 from stream.records.particles import derive_exposure_id
 from stream.records.values import AcquisitionMetadata, Exposure, FileIdentity, InputKind
@@ -137,14 +139,19 @@ def _merge(metadata: AcquisitionMetadata, header: MovieHeader) -> AcquisitionMet
 
 
 def validate_particle_file(
-    path: Path, relative_path: str, expected: ExpectedAcquisition, *, root: Path | None
+    path: Path,
+    relative_path: str,
+    expected: ExpectedAcquisition,
+    *,
+    root: Path | None,
+    require_ctf: bool = True,
 ) -> list[Exposure]:
     """Return one exposure per micrograph of a particle file; every stack and index has been checked.
 
     The voltage must agree with the configuration; the pixel size is the file's own (particles are rescaled).
     """
-    table = read_particle_table_cached(path, root=root)
-    for voltage_kv in sorted(set(table.voltage_kv.tolist())):
+    table = read_particle_table(path, root=root, require_ctf=require_ctf)
+    for voltage_kv in np.unique(table.voltage_kv[np.isfinite(table.voltage_kv)]).tolist():
         stated = AcquisitionMetadata(voltage_kv=voltage_kv, source=str(path))
         check_against_configuration(stated, path, voltage_kv=expected.voltage_kv)
     file: FileIdentity = identify_file(path)
@@ -160,14 +167,18 @@ def validate_particle_file(
                 n_frames=len(group.rows),
                 shape_yx=(table.box_size_px, table.box_size_px),
                 metadata=AcquisitionMetadata(
-                    pixel_size_angstrom=float(table.pixel_size_angstrom[first]),
-                    voltage_kv=float(table.voltage_kv[first]),
+                    pixel_size_angstrom=_known(table.pixel_size_angstrom[first]),
+                    voltage_kv=_known(table.voltage_kv[first]),
                     source=str(path),
                 ),
                 micrograph_name=group.name,
             )
         )
     return exposures
+
+
+def _known(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
 
 
 def _safe_stem(group_name: str) -> str:

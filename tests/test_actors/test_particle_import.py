@@ -16,14 +16,19 @@ from stream.ingest.source import ExposureSource, SourceSettings
 from stream.ingest.validation import ExpectedAcquisition, validate_particle_file
 from stream.records.errors import InputError
 from stream.records.particles import derive_particle_uid
-from stream.records.values import InputKind
+from stream.records.values import InputKind, Optics
 from stream.sinks.relion_star import read_particles_star
 from stream.store.layout import OutputLayout
+
+
+OPTICS = Optics(voltage_kv=300.0, cs_mm=2.7, amplitude_contrast=0.1)
 
 
 @dataclass(frozen=True)
 class Settings:
     particle_diameter_angstrom: float = 60.0
+    optics: Optics = OPTICS
+    pixel_size_angstrom: float = 9.9
 
 
 def make_set(folder: Path, images: np.ndarray, *, micrographs: list[str] | None = None) -> Path:
@@ -129,6 +134,20 @@ def test_dark_particles_of_cryosparc_become_white_and_keep_their_uids(tmp_path):
     table = read_particles_star(layout.particles_table("mic")).particles
     assert table["icestreamUid"].tolist() == [2**64 - 1, 7, 9]
     assert table["rlnDefocusAngle"].tolist() == pytest.approx([30, 30, 30], abs=1e-4)
+
+
+def test_a_bare_stack_can_be_imported_for_scoring_with_the_optics_of_the_settings(tmp_path):
+    make_set(tmp_path, np.random.default_rng(6).normal(size=(4, 32, 32)).astype(np.float32))
+    stack = tmp_path / "stacks/a.mrcs"
+    (exposure,) = validate_particle_file(
+        stack, stack.name, ExpectedAcquisition(), root=None, require_ctf=False
+    )
+    layout = OutputLayout(tmp_path / "out")
+    result = import_particles(exposure, stack, Settings(), layout)
+    assert (exposure.name, result.n_particles, result.pixel_size_angstrom) == ("a_0001", 4, 3.0)
+    star = read_particles_star(layout.particles_table("a_0001"))
+    assert star.optics["rlnVoltage"].tolist() == [300]
+    assert star.particles["rlnDefocusU"].isna().all()
 
 
 def test_a_share_without_a_usable_image_names_the_exposure(tmp_path):
