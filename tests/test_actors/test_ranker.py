@@ -355,3 +355,13 @@ def test_scores_come_back_in_the_order_asked_for(layout: OutputLayout, cache: Fe
         (order + 1).astype(np.uint64), paths, order
     )
     np.testing.assert_array_equal(found.scores, true_scores(1, 30)[order])
+
+
+def test_dark_particles_are_inverted_before_they_are_scored(layout: OutputLayout, cache: FeatureCache):
+    make_exposure(layout, 1, 5)
+    paths = np.array([str(layout.particles("m1"))] * 5, dtype=object)
+    signs = np.array([1, -1, 1, -1, -1], np.int8)
+    found = BatchingRanker(MeanScorer(), cache, batch_size=2).score_images(
+        np.arange(1, 6, dtype=np.uint64), paths, np.arange(5), contrast_signs=signs
+    )
+    np.testing.assert_array_equal(found.scores, true_scores(1, 5) * signs)
