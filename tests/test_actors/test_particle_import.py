@@ -20,7 +20,6 @@ from stream.records.values import InputKind, Optics
 from stream.sinks.relion_star import read_particles_star
 from stream.store.layout import OutputLayout
 
-
 OPTICS = Optics(voltage_kv=300.0, cs_mm=2.7, amplitude_contrast=0.1)
 
 
