@@ -121,25 +121,32 @@ def test_every_image_gets_its_own_score_and_feature_under_its_uid(layout: Output
     assert result.seconds["total"] > 0
 
 
-def test_many_callers_share_batches_and_each_gets_its_own(layout: OutputLayout, cache: FeatureCache):
+def test_many_callers_share_a_batch_and_each_gets_its_own(layout: OutputLayout, cache: FeatureCache):
     scorer = MeanScorer()
-    ranker = BatchingRanker(scorer, cache, batch_size=64, max_wait_s=30)
-    commands = [make_exposure(layout, number, 10 + number) for number in range(16)]
-    gate = threading.Barrier(8)
-
-    def rank(command: Rank):
-        if int(command.name[1:]) < 8:
-            gate.wait(10)
-        return ranker.rank(command, layout)
-
+    commands = [make_exposure(layout, number, 10 + number) for number in range(8)]
+    n_all = sum(10 + number for number in range(8))
+    ranker = BatchingRanker(scorer, cache, batch_size=n_all, max_wait_s=60)
+    with ranker._changed:
+        ranker._n_reading += 1  # somebody else reads, so that the batch goes when it is full and not before
     with ThreadPoolExecutor(8) as callers:
-        results = list(callers.map(rank, commands))
+        results = list(callers.map(lambda command: ranker.rank(command, layout), commands))
+    assert scorer.batches == [n_all]
     for number, result in enumerate(results):
         uids = uids_of(ExposureId(f"exposure{number}"), 10 + number)
         np.testing.assert_array_equal(cache.lookup("mean", uids)[1], true_scores(number, 10 + number))
         assert result.n_scored == 10 + number
-    assert sum(scorer.batches) == sum(10 + number for number in range(16))
-    assert max(scorer.batches) > 25, "no batch held images of two exposures"
+
+
+def test_many_callers_at_once_lose_and_mix_nothing(layout: OutputLayout, cache: FeatureCache):
+    scorer = MeanScorer()
+    ranker = BatchingRanker(scorer, cache, batch_size=16, max_wait_s=0.01)
+    commands = [make_exposure(layout, number, 10 + number) for number in range(16)]
+    with ThreadPoolExecutor(8) as callers:
+        results = list(callers.map(lambda command: ranker.rank(command, layout), commands))
+    assert sum(scorer.batches) == sum(result.n_scored for result in results)
+    for number in range(16):
+        uids = uids_of(ExposureId(f"exposure{number}"), 10 + number)
+        np.testing.assert_array_equal(cache.lookup("mean", uids)[1], true_scores(number, 10 + number))
 
 
 def test_a_known_model_scores_nothing_again_and_does_not_read_the_stack(
