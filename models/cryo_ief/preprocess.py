@@ -150,4 +150,5 @@ def _to_bytes(stack: NDArray[np.float32], *, is_scaled_first: bool = False) -> N
             scaled = (stack - low) / span * np.float32(255.0)
     scaled[is_flat] = np.clip(stack[is_flat], 0.0, 255.0)
     scaled[~is_finite] = 0.0
-    return scaled.astype(np.uint8)
+    grey: NDArray[np.uint8] = scaled.astype(np.uint8)
+    return grey

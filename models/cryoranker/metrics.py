@@ -42,7 +42,7 @@ def average_precision(scores: NDArray[np.floating], is_good: NDArray[np.bool_]) 
         raise ValueError(msg)
     order = np.argsort(-scores, kind="stable")
     hits = np.cumsum(is_good[order])
-    is_last_of_tie = np.append(np.diff(scores[order]) != 0, True)  # noqa: FBT003 - an array's value
+    is_last_of_tie = np.append(np.diff(scores[order]) != 0, True)
     precision = hits[is_last_of_tie] / (np.flatnonzero(is_last_of_tie) + 1)
     recall = hits[is_last_of_tie] / hits[-1]
     return float(np.sum(np.diff(recall, prepend=0.0) * precision))

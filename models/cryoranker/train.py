@@ -69,6 +69,10 @@ class TrainConfig:
     alpha: float = ALPHA
     gradient_norm: float = 1.0
     rotation_probability: float = 0.0
+    is_start_prepared: bool = True
+    """Start from cosines in the patch embedding and Xavier's scale elsewhere (see `prepare_start`)."""
+    first_least_snr: float = 0.0
+    """Only images with at least this SNR are shown at first; the bound falls linearly to 0 at half of the training."""
     evaluate_every: int = 500
     time_limit_s: float | None = None
     """Wall clock at which the cosine ends early; the decay follows the clock or the steps, whichever is ahead."""
@@ -194,6 +198,8 @@ def fit(
     """Train a network on one set, watching another."""
     torch.manual_seed(config.seed)  # initial weights: timm's initialiser takes no generator
     model = CryoVit(model_config)
+    if config.is_start_prepared:
+        prepare_start(model)
     if config.initial_checkpoint is not None:
         model.load_state_dict(dict(load_checkpoint(Path(config.initial_checkpoint)).tensors), strict=True)
     generator = torch.Generator().manual_seed(config.seed)
@@ -203,7 +209,9 @@ def fit(
     running, order, step, progress = 0.0, torch.empty(0, dtype=torch.long), 0, 0.0
     while progress < 1.0:
         if len(order) < config.batch_size:
-            order = torch.randperm(len(training), generator=generator)
+            least_snr = config.first_least_snr * max(0.0, 1.0 - 2.0 * progress)
+            shown = torch.from_numpy(np.flatnonzero(training.snr >= least_snr))
+            order = shown[torch.randperm(len(shown), generator=generator)]
         chosen, order = order[: config.batch_size].numpy(), order[config.batch_size :]
         rate = _learning_rate(config, step, progress)
         for group in optimiser.param_groups:
@@ -226,6 +234,29 @@ def fit(
             if on_progress is not None:
                 on_progress(point)
     return FittedModel(model=model.eval(), validation=quality, curve=curve, seconds=time.monotonic() - start)
+
+
+def prepare_start(model: CryoVit) -> None:
+    """Give a small network initial weights that a short training on noisy images can use.
+
+    The patch embedding's filters become a patch's 2-D cosines, lowest frequencies first and strongest: at the particles'
+    signal-to-noise ratios a random filter sees noise alone. Linear layers get Xavier's scale, because the usual
+    0.02 leaves the branches of a narrow network nearly silent. Filters beyond the patch's pixels stay random.
+    """
+    weight = model.patch_embed.get_parameter("proj.weight")
+    width, _, patch, _ = weight.shape
+    place, frequency = torch.arange(patch) + 0.5, torch.arange(patch)
+    basis = torch.cos(math.pi / patch * frequency[:, None] * place[None, :]) * math.sqrt(2.0 / patch)
+    basis[0] /= math.sqrt(2.0)
+    radius = torch.hypot(frequency[:, None].float(), frequency[None, :].float()).flatten()
+    order = torch.argsort(radius, stable=True)[:width]
+    filters = torch.einsum("uy,vx->uvyx", basis, basis).reshape(-1, patch, patch)[order]
+    strength = 1.0 / (1.0 + radius[order] / 3.0)
+    with torch.no_grad():
+        weight[: len(filters), 0] = filters * strength[:, None, None]
+    for module in model.blocks.modules():
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.init.xavier_uniform_(module.weight)
 
 
 def evaluate(model: CryoVit, particles: LabelledParticles, *, batch_size: int = 256) -> ScoreQuality:

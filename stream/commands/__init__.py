@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import typer
 
 COMMAND_MODULES = (
-    "demo", "simulate", "run", "status", "preprocess", "score", "reconstruct", "orientation", "export", "train", "bench",
+    "demo", "simulate", "run", "status", "preprocess", "score", "reconstruct", "orientation", "export", "train", "evaluate", "bench",
 )  # fmt: skip
 
 

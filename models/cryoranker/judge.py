@@ -1,0 +1,179 @@
+"""Held-out figures of a ranker for its model card, beside a simple baseline.
+
+`python -m models.cryoranker.judge MODEL.onnx --models FOLDER [--particles STAR...]` simulates structures that no training
+set contains (atomic models, and phantoms of other seeds) at a fixed SNR, scores the boxes, and prints one JSON
+document. The baseline is a logistic regression on the radial power spectrum and grey-level moments, trained on the
+training phantoms' own simulation: what statistics without shape achieve.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.cryo_ief.preprocess import normalise_grey_levels
+from models.cryoranker.dataset import LabelledParticles, SimulatedSet, phantom_names, simulate_set_cached
+from models.cryoranker.metrics import ScoreQuality, score_quality
+from models.cryoranker.serve import DEFAULT_MODEL, OnnxRanker
+from models.cryoranker.simulate import Kind
+
+HELD_OUT_SEEDS = range(500_000, 500_006)
+"""Phantoms for judging; training configurations start at 1000 and never come here."""
+_BASELINE_SEEDS = range(1000, 1016)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judgement:
+    """Figures of one ranker at one SNR on structures it was not trained on."""
+
+    snr: float
+    ranker: ScoreQuality
+    baseline: ScoreQuality
+    auc_by_structure: dict[str, float]
+    accepted_by_kind: dict[str, float]
+
+
+def held_out_set(
+    ranker: OnnxRanker, models: list[Path], snr: float, cache: Path, *, n_processes: int = 1
+) -> tuple[SimulatedSet, LabelledParticles]:
+    """Return the set that a ranker is judged on: atomic models and phantoms never trained on."""
+    spec = SimulatedSet(
+        structures=(*(str(path) for path in models), *phantom_names(HELD_OUT_SEEDS)),
+        seed=77,
+        fields_per_structure=14,
+        input_size_px=ranker.info.input_size_px,
+        resize_mode=ranker.info.resize_mode,
+        snr=snr,
+    )
+    return spec, simulate_set_cached(spec, cache, n_processes=n_processes)
+
+
+def judge(
+    ranker: OnnxRanker, models: list[Path], snr: float, cache: Path, *, n_processes: int = 1
+) -> Judgement:
+    """Return a ranker's and the baseline's figures at one SNR."""
+    spec, particles = held_out_set(ranker, models, snr, cache, n_processes=n_processes)
+    prepared = normalise_grey_levels(particles.grey, ranker.info.mean, ranker.info.std)
+    scores = np.concatenate(
+        [ranker.score_prepared(prepared[i : i + 64])[0] for i in range(0, len(prepared), 64)]
+    )
+    baseline_spec = SimulatedSet(
+        structures=phantom_names(_BASELINE_SEEDS),
+        seed=78,
+        fields_per_structure=14,
+        input_size_px=ranker.info.input_size_px,
+        resize_mode=ranker.info.resize_mode,
+    )
+    training = simulate_set_cached(baseline_spec, cache, n_processes=n_processes)
+    return Judgement(
+        snr=snr,
+        ranker=score_quality(scores, particles.labels),
+        baseline=score_quality(baseline_scores(training, particles.grey), particles.labels),
+        auc_by_structure={
+            Path(name).name: score_quality(scores[is_it], particles.labels[is_it]).auc
+            for index, name in enumerate(spec.structures)
+            for is_it in [particles.structure == index]
+        },
+        accepted_by_kind={
+            kind.name.lower(): float((scores[is_it] > 0.4).mean())
+            for kind in Kind
+            for is_it in [_is_clear(particles, kind)]
+            if is_it.any()
+        },
+    )
+
+
+def _is_clear(particles: LabelledParticles, kind: Kind) -> NDArray[np.bool_]:
+    is_good = kind is Kind.PARTICLE
+    clear = particles.labels > 0.7 if is_good else particles.labels <= 0.3
+    return np.asarray((particles.kinds == kind) & clear)
+
+
+def baseline_scores(training: LabelledParticles, grey: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Return scores of a logistic regression on spectrum and moments, trained on `training`'s clear labels."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    is_clear = (training.labels > 0.7) | (training.labels <= 0.3)
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+    classifier.fit(spectrum_features(training.grey[is_clear]), training.labels[is_clear] > 0.7)
+    return np.asarray(classifier.predict_proba(spectrum_features(grey))[:, 1])
+
+
+def spectrum_features(grey: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Return log radial power, radial mean brightness, skewness and kurtosis of each image."""
+    n = grey.shape[1]
+    axis = np.fft.fftfreq(n) * n
+    shell = np.hypot(axis[:, None], axis[None, :]).round().astype(int).ravel()
+    place = np.arange(n) - n // 2
+    ring = (np.hypot(place[:, None], place[None, :]) / 4).astype(int).ravel()
+    rows = []
+    for image in grey.astype(np.float64):
+        centred = (image - image.mean()) / max(float(image.std()), 1e-6)
+        power = np.abs(np.fft.fft2(centred)).ravel() ** 2
+        radial = np.bincount(shell, power)[1 : n // 2] / np.bincount(shell)[1 : n // 2]
+        brightness = np.bincount(ring, centred.ravel())[: n // 8] / np.bincount(ring)[: n // 8]
+        moments = [(centred**3).mean(), (centred**4).mean(), image.mean(), image.std()]
+        rows.append(np.concatenate((np.log(radial + 1e-6), brightness, moments)))
+    return np.stack(rows)
+
+
+def score_star_stacks(ranker: OnnxRanker, folder: Path) -> NDArray[np.float32]:
+    """Return the scores of all images of all `.mrcs` stacks of a folder, stacks in name order."""
+    import mrcfile
+
+    parts = []
+    for path in sorted(folder.rglob("*.mrcs")):
+        with mrcfile.open(path, permissive=True) as stack:
+            parts.append(ranker.score(np.atleast_3d(np.asarray(stack.data, np.float32)))[0])
+    if not parts:
+        msg = f"{folder}: no .mrcs stacks"
+        raise ValueError(msg)
+    return np.concatenate(parts)
+
+
+def summary(scores: NDArray[np.float32]) -> dict[str, float]:
+    """Return quantiles of scores and the fraction above 0.4."""
+    q05, q25, q50, q75, q95 = (float(q) for q in np.nanquantile(scores, (0.05, 0.25, 0.5, 0.75, 0.95)))
+    return {
+        "n": float(len(scores)),
+        "q05": q05,
+        "q25": q25,
+        "median": q50,
+        "q75": q75,
+        "q95": q95,
+        "accepted": float((scores > 0.4).mean()),
+    }
+
+
+def main() -> None:
+    """Judge a model from the command line."""
+    parser = argparse.ArgumentParser(prog="python -m models.cryoranker.judge", description=__doc__)
+    parser.add_argument("model", type=Path, nargs="?", default=DEFAULT_MODEL)
+    parser.add_argument("--models", type=Path, required=True, help="folder of PDB/mmCIF files")
+    parser.add_argument("--particles", type=Path, help="folder of real .mrcs stacks")
+    parser.add_argument("--snr", type=float, nargs="+", default=[0.05])
+    parser.add_argument("--cache", type=Path, default=Path("~/.cache/icestream/ranker"))
+    parser.add_argument("--processes", type=int, default=1)
+    given = parser.parse_args()
+    ranker = OnnxRanker(given.model)
+    models = sorted(p for p in given.models.iterdir() if p.name.split(".")[1] in ("pdb", "cif"))
+    document: dict[str, Any] = {"model": str(given.model), "model_hash": ranker.model_hash, "judgements": []}
+    for snr in given.snr:
+        found = judge(ranker, models, snr, given.cache.expanduser(), n_processes=given.processes)
+        document["judgements"].append(asdict(found))
+    if given.particles is not None:
+        document["real"] = summary(score_star_stacks(ranker, given.particles))
+    sys.stdout.write(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
