@@ -53,27 +53,21 @@ class Projector:
     ) -> Float[Tensor, "n d d"]:
         """Return projections P(x, y) = ∫ V(Rᵀ(x, y, z)) dz, moved by `shift_yx_px`, in volume units times Å."""
         size = self.box_px
-        ky = torch.fft.fftfreq(size) * size
-        kx = torch.fft.rfftfreq(size) * size
-        # Rᵀ (kx, ky, 0) needs the first two rows of R; two grid steps per frequency (twofold padding).
-        stack = torch.cat(
-            [
-                self._interpolate(
-                    2.0
-                    * (
-                        kx[None, None, :, None] * part[:, None, None, 0]
-                        + ky[:, None, None] * part[:, None, None, 1]
-                    )
-                )
-                for part in matrices.split(_BATCH)
-            ]
-        )
+        ky = (torch.fft.fftfreq(size) * size)[:, None].expand(size, size // 2 + 1)
+        kx = (torch.fft.rfftfreq(size) * size).expand(size, size // 2 + 1)
+        is_inside = ky.square() + kx.square() < (size // 2 - 1) ** 2
+        stack = torch.zeros(len(matrices), size, size // 2 + 1, dtype=torch.complex64)
+        for start in range(0, len(matrices), _BATCH):
+            rows = matrices[start : start + _BATCH]
+            # Rᵀ (kx, ky, 0) needs the first two rows of R; two grid steps per frequency (twofold padding).
+            k = kx[is_inside][:, None] * rows[:, None, 0] + ky[is_inside][:, None] * rows[:, None, 1]
+            stack[start : start + _BATCH, is_inside] = self._interpolate(2.0 * k)
         if shift_yx_px is not None:
             stack = stack * shift_phases((size, size), shift_yx_px)
         return centred_irfft2(stack, (size, size)) * self.pixel_size_angstrom
 
-    def _interpolate(self, k_xyz: Float[Tensor, "n h w 3"]) -> Complex[Tensor, "n h w"]:
-        """Return the transform at `k_xyz` grid steps; negative kx by Friedel's law; 0 beyond Nyquist's sphere."""
+    def _interpolate(self, k_xyz: Float[Tensor, "n m 3"]) -> Complex[Tensor, "n m"]:
+        """Return the transform at `k_xyz` grid steps within Nyquist's sphere; negative kx by Friedel's law."""
         half = self.box_px
         is_friedel = k_xyz[..., 0] < 0
         k = torch.where(is_friedel[..., None], -k_xyz, k_xyz)
@@ -92,9 +86,8 @@ class Projector:
             weight = torch.where(pick, 1.0 - low, low).prod(-1)
             grid = torch.where(pick, far, near) * (2.0 / (sizes - 1)) - 1.0
             found = torch.nn.functional.grid_sample(
-                self._table, grid[None], mode="bilinear", padding_mode="zeros", align_corners=True
+                self._table, grid[None, None], mode="bilinear", padding_mode="zeros", align_corners=True
             )
-            value = value + found[0].movedim(0, -1) * weight[..., None]
-        is_inside = k.square().sum(-1) < (half - 2) ** 2
-        result = torch.view_as_complex((value * is_inside[..., None]).contiguous())
+            value = value + found[0, :, 0].movedim(0, -1) * weight[..., None]
+        result = torch.view_as_complex(value)
         return torch.where(is_friedel, result.conj(), result)

@@ -19,6 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import tifffile
 
+from stream.records.errors import InputError
+
 Frame = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
 
 _EER_COMPRESSION_7BIT = 65001

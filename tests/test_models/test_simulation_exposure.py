@@ -12,7 +12,7 @@ import torch
 from models.fourier.rotations import euler_to_matrix
 from models.fourier.transforms import shift_phases
 from models.optics.ctf import evaluate_ctf, frequency_grid
-from models.simulation.camera import build_camera, camera_mtf
+from models.simulation.camera import build_camera, camera_mtf, draw_poisson
 from models.simulation.exposure import (
     VirtualMicroscope,
     damage_envelope,
@@ -264,6 +264,23 @@ def test_counts_are_poisson():
     assert counts.var() == pytest.approx(1.7, rel=0.03)
     bright = camera.expose(np.full((200, 200), 300.0, dtype=np.float32), np.random.default_rng(1))
     assert bright.dtype == np.uint16
+
+
+@pytest.mark.parametrize("mean", [0.3, 2.0, 40.0, 900.0])
+def test_fast_poisson_draws_follow_the_distribution_of_uneven_images(mean):
+    rng = np.random.default_rng(8)
+    expected = (mean * rng.uniform(0.7, 1.3, (400, 400))).astype(np.float32)
+    expected[:4] = 0.0
+    expected[4:8] = 5.0 * mean
+    counts = draw_poisson(expected, rng)
+    assert (counts[:4] == 0).all()
+    assert counts[4:8].mean() == pytest.approx(5.0 * mean, rel=0.05)
+    pull = (counts - expected)[8:] / np.sqrt(expected[8:])
+    assert pull.mean() == pytest.approx(0.0, abs=0.012)
+    assert pull.var() == pytest.approx(1.0, rel=0.03)
+    # The third moment of a Poisson variable is its mean, too.
+    third = ((counts - expected)[8:] ** 3).mean() / expected[8:].mean()
+    assert third == pytest.approx(1.0, rel=0.1 + 0.25 * math.sqrt(mean))
 
 
 def second_moment(euler_deg: np.ndarray) -> np.ndarray:
