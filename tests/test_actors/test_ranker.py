@@ -216,7 +216,7 @@ def test_a_partial_batch_waits_for_a_reader_no_longer_than_allowed(layout: Outpu
         ranker._n_reading += 1  # somebody reads and never comes to an end
     started = time.monotonic()
     assert ranker.rank(make_exposure(layout, 1, 5), layout).n_scored == 5
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
 
 
 def test_too_large_a_batch_is_halved_for_good(layout: OutputLayout, cache: FeatureCache):
@@ -319,9 +319,10 @@ def test_callers_hold_a_bounded_number_of_images(layout: OutputLayout, cache: Fe
     ranker._put = count
     with ThreadPoolExecutor(1) as callers:
         future = callers.submit(ranker.rank, command, layout)
-        deadline = time.monotonic() + 0.5
-        while time.monotonic() < deadline and not future.done():
-            threading.Event().wait(0.02)
+        deadline = time.monotonic() + 10
+        while n_put < 8 and time.monotonic() < deadline:
+            released.wait(0.02)
+        released.wait(0.3)  # time enough to read everything, were it not held back
         n_put_while_stuck = n_put
         released.set()
         assert future.result(20).n_scored == 200
