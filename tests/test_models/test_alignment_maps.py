@@ -119,6 +119,7 @@ def test_a_d2_symmetric_map_is_recovered_up_to_its_own_symmetry():
     )
 
 
+@pytest.mark.slow
 def test_a_head_to_tail_near_symmetric_rod_is_put_the_right_way_round():
     rod = molecule(5, "D2", (2.0, 2.5, 8.0)) + 0.25 * molecule(6, "C1", (2.0, 2.5, 8.0))
     moving = displaced(rod, 9, is_mirrored=False)
