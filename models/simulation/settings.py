@@ -82,6 +82,9 @@ class SessionSettings:
     microscope: MicroscopeSettings = field(default_factory=MicroscopeSettings)
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        _require("seed", self.seed, minimum=0, maximum=2**62)
+
 
 def _require(name: str, value: float, *, minimum: float, maximum: float) -> None:
     if not minimum <= value <= maximum:
