@@ -83,16 +83,16 @@ class RankHandler:
     """Scores particles in batches that may span exposures; `process` may be called from many threads."""
 
     def __init__(self, spec: WorkerSpec) -> None:
-        from models.cryoranker.serve import DEFAULT_MODEL, OnnxRanker
-
         from actors.ranker import BatchingRanker
+        from models.cryoranker.serve import DEFAULT_MODEL, OnnxRanker
         from stream.store.feature_cache import FeatureCache
 
         options = spec.ranker
         self._layout = spec.layout
+        self._cache = FeatureCache(spec.layout.features)
         self._ranker = BatchingRanker(
             OnnxRanker(options.model or DEFAULT_MODEL, n_threads=options.n_threads),
-            FeatureCache(spec.layout.features),
+            self._cache,
             batch_size=options.batch_size,
             max_wait_s=options.max_wait_s,
         )
@@ -100,6 +100,11 @@ class RankHandler:
     def process(self, command: Rank) -> RankResult:
         """Score one exposure's particles."""
         return self._ranker.rank(command, self._layout)
+
+    def close(self) -> None:
+        """End the inference thread and let another process write the cache."""
+        self._ranker.close()
+        self._cache.close()
 
 
 class RunHandler:

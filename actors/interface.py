@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 from stream.records.commands import Command
@@ -16,6 +17,10 @@ class Runtime(Protocol):
 
     def poll(self, timeout_s: float) -> list[Event]:
         """Return the outcomes that have come in, waiting at most `timeout_s` for a first one."""
+
+    @property
+    def worker_restarts(self) -> Mapping[str, int]:
+        """How often workers of each pool were restarted since this process started."""
 
     def close(self) -> None:
         """Stop all work at once; what is unanswered is issued again by the next session."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from actors.handlers import PreprocessHandler, RankHandler, RunHandler, WorkerSpec, attempt
 from actors.outcomes import WorkCommand, WorkOutcome, event_for, item_of
@@ -37,9 +37,16 @@ class LocalRuntime:
         outcome = attempt(lambda: self._process(command), item_of(command))
         return [event_for(command, outcome, self._clock())]
 
+    @property
+    def worker_restarts(self) -> Mapping[str, int]:
+        """Nothing restarts in this process."""
+        return {}
+
     def close(self) -> None:
         """Forget what is queued."""
         self._queue.clear()
+        if self._rank is not None:
+            self._rank.close()
 
     def _process(self, command: WorkCommand) -> WorkOutcome:
         match command:

@@ -64,6 +64,7 @@ class ImageScores:
     n_excluded: int
     n_cache_hits: int
     seconds: dict[str, float]
+    batch_sizes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +101,7 @@ class _Request:
     scores: NDArray[np.float32]
     shares: deque[_Share] = field(default_factory=deque)
     unsaved: list[tuple[NDArray[np.intp], NDArray[np.float16]]] = field(default_factory=list)
+    batch_sizes: list[int] = field(default_factory=list)
     n_held: int = 0
     n_unsaved: int = 0
     seconds: dict[str, float] = field(
@@ -169,6 +171,7 @@ class BatchingRanker:
             n_cache_hits=found.n_cache_hits,
             score_histogram=count_scores(found.scores[is_scored]),
             seconds=found.seconds,
+            batch_sizes=found.batch_sizes,
         )
 
     def score_images(
@@ -199,7 +202,11 @@ class BatchingRanker:
         n_excluded = int(np.isnan(scores).sum())
         request.seconds["total"] = time.monotonic() - started
         return ImageScores(
-            scores=scores, n_excluded=n_excluded, n_cache_hits=int(is_known.sum()), seconds=request.seconds
+            scores=scores,
+            n_excluded=n_excluded,
+            n_cache_hits=int(is_known.sum()),
+            seconds=request.seconds,
+            batch_sizes=tuple(request.batch_sizes),
         )
 
     def close(self) -> None:
@@ -276,6 +283,8 @@ class BatchingRanker:
         is_finite = np.isfinite(scores)
         request.scores[share.rows[is_finite]] = scores[is_finite]
         request.unsaved.append((share.rows[is_finite], features[is_finite]))
+        if share.start == 0:
+            request.batch_sizes.append(len(scored.scores))
         request.n_held -= n_images
         request.n_unsaved += n_images
         request.seconds["inference"] += scored.seconds * n_images / len(scored.scores)

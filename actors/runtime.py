@@ -11,8 +11,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections import deque
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,7 @@ class PoolSettings:
     engine_threads: int = 1
     engine_niceness: int = 5
     stage_timeout_s: float = 1800.0
+    ray_metrics_port: int | None = None
     object_store_bytes: int = 300 * 2**20
 
 
@@ -122,6 +123,7 @@ class RayRuntime:
         self._waiting: deque[Preprocess] = deque()
         self._in_work: dict[Any, _InWork] = {}
         self._answers: list[Event] = []
+        self._restarts: Counter[str] = Counter()
 
     def submit(self, command: Command) -> None:
         """Send a command to an actor, or hold it until a preprocessing actor is idle."""
@@ -151,6 +153,11 @@ class RayRuntime:
         answers, self._answers = self._answers, []
         return answers
 
+    @property
+    def worker_restarts(self) -> Mapping[str, int]:
+        """How often workers of each pool died or were killed for being overdue."""
+        return self._restarts
+
     def close(self) -> None:
         """Kill the actors, and Ray if it was started here."""
         for actor in (*self._preprocessors, self._ranker, self._engine):
@@ -172,6 +179,7 @@ class RayRuntime:
         try:
             outcome: WorkOutcome = ray.get(reference)
         except RayError as error:
+            self._restarts[_pool_of(work.command)] += 1
             text = f"{item_of(work.command)}: its worker died ({type(error).__name__})"
             outcome = Failure(kind=FailureKind.RESOURCE, reason=text)
         self._answer(work, outcome)
@@ -189,6 +197,7 @@ class RayRuntime:
                 continue
             del self._in_work[reference]
             ray.kill(work.actor, no_restart=False)
+            self._restarts[_pool_of(work.command)] += 1
             reason = f"{item_of(work.command)}: no outcome within {limit:.0f} s"
             self._answer(work, Failure(kind=FailureKind.RESOURCE, reason=reason))
 
@@ -202,6 +211,16 @@ class RayRuntime:
                 )
 
 
+def _pool_of(command: WorkCommand) -> str:
+    match command:
+        case Preprocess():
+            return "preprocess"
+        case Rank():
+            return "rank"
+        case StartRun():
+            return "engine"
+
+
 def _connect(pools: PoolSettings) -> None:
     if pools.ray_address is not None:
         ray.init(address=pools.ray_address, logging_level=logging.WARNING, namespace="icestream")
@@ -213,6 +232,7 @@ def _connect(pools: PoolSettings) -> None:
         logging_level=logging.WARNING,
         namespace="icestream",
         _node_ip_address="127.0.0.1",
+        _metrics_export_port=pools.ray_metrics_port,
     )
 
 

@@ -180,6 +180,7 @@ class Service:
             queue_depth={stage.value: controller.count_waiting(stage) for stage in Stage},
             inflight={stage.value: controller.count_in_flight(stage) for stage in Stage},
             quarantine_reasons=self._count_quarantine_reasons(),
+            worker_restarts=self._runtime.worker_restarts,
             volumes={"output": Volume(free_bytes=usage.free, size_bytes=usage.total)},
         )
         if controller.n_by_state[ExposureState.DONE] == self._n_done_at_size_check:

@@ -117,15 +117,18 @@ class RuntimeSettings(_Section):
 
     preprocess_workers: Annotated[int, Field(ge=1, le=4096)] | None = None
     ray_address: str | None = None
+    ranker_gpus: Annotated[float, Field(ge=0, le=16)] = 0.0
+    engine_gpus: Annotated[float, Field(ge=0, le=16)] = 0.0
     min_free_disk_bytes: Annotated[int, Field(ge=0)] = 2 * 2**30
     stage_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
 
 
 class TelemetrySettings(_Section):
-    """Prometheus endpoint; port 0 takes a free one, None serves nothing."""
+    """Prometheus endpoints, ours and Ray's own; port 0 takes a free one, None serves nothing."""
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] | None = 9464
+    ray_port: Annotated[int, Field(ge=1, le=65535)] | None = None
 
 
 class SessionSettings(_Section):
@@ -210,7 +213,9 @@ def load_settings(path: Path) -> SessionSettings:
     except OSError as error:
         raise ConfigurationError(path, f"the configuration must be readable: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigurationError(path, f"the configuration must be YAML: {' '.join(str(error).split())}") from error
+        raise ConfigurationError(
+            path, f"the configuration must be YAML: {' '.join(str(error).split())}"
+        ) from error
     if not isinstance(document, Mapping):
         raise ConfigurationError(path, "the configuration must be a mapping of keys", type(document).__name__)
     settings = parse_settings(document, item=str(path))
@@ -273,7 +278,9 @@ def _anchor_paths(settings: SessionSettings, folder: Path) -> SessionSettings:
             "micrographs": anchor(settings.micrographs),
             "particles": anchor(settings.particles),
             "out": anchor(settings.out),
-            "acquisition": settings.acquisition.model_copy(update={"gain": anchor(settings.acquisition.gain)}),
+            "acquisition": settings.acquisition.model_copy(
+                update={"gain": anchor(settings.acquisition.gain)}
+            ),
             "ranker": settings.ranker.model_copy(update={"model": anchor(settings.ranker.model)}),
         }
     )

@@ -20,7 +20,8 @@ from stream import __version__
 from stream.app import Service, write_session
 from stream.config import SessionSettings
 from stream.control.controller import Controller
-from stream.ingest.source import ExposureSource, KnownFile, SourceSettings
+from stream.control.exposures import ExposureState
+from stream.ingest.source import ExposureSource, KnownFile, SourceSettings, is_about_settings
 from stream.records.errors import ConfigurationError
 from stream.records.events import Event
 from stream.records.values import InputKind
@@ -118,7 +119,16 @@ def build_source(settings: SessionSettings, controller: Controller) -> ExposureS
         gain_flip_y=a.gain_flip_y,
         gain_rotate_deg=a.gain_rotate_deg,
     )
-    known = [KnownFile(r.exposure_id, r.name, r.file) for r in controller.exposures.values()]
+    # A file that was refused for the settings' sake may be right by today's settings.
+    known = [
+        KnownFile(
+            r.exposure_id,
+            r.name,
+            r.file,
+            is_offered_again=r.state is ExposureState.QUARANTINED and is_about_settings(r.reason),
+        )
+        for r in controller.exposures.values()
+    ]
     source = ExposureSource(source_settings, known=known)
     source.start()
     return source
@@ -135,6 +145,9 @@ def build_runtime(settings: SessionSettings, *, in_process: bool) -> Runtime:
         n_preprocess_workers=count_workers(settings),
         n_rank_callers=spec.ranker.n_callers,
         ray_address=settings.runtime.ray_address,
+        ranker_gpus=settings.runtime.ranker_gpus,
+        engine_gpus=settings.runtime.engine_gpus,
+        ray_metrics_port=settings.telemetry.ray_port,
         engine_threads=spec.engine.n_threads,
         stage_timeout_s=settings.runtime.stage_timeout_s,
     )

@@ -140,6 +140,7 @@ class RankResult:
     """What the ranker made of one exposure's particles.
 
     `score_histogram` has 100 equal bins over [0, 1]; `n_scored + n_excluded` is the number given.
+    `batch_sizes` are those of the batches that began with this exposure's images.
     """
 
     exposure_id: ExposureId
@@ -149,6 +150,7 @@ class RankResult:
     n_cache_hits: int
     score_histogram: tuple[int, ...]
     seconds: dict[str, float]
+    batch_sizes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -165,10 +165,6 @@ class Telemetry:
             case _:
                 assert_never(event)
 
-    def observe_batch(self, n_particles: int) -> None:
-        """Count one batch that the ranker was given."""
-        self._series.batch_size.observe(n_particles)
-
     def _take_found(self, at: float, exposure: Exposure) -> None:
         series = self._series
         series.movies.labels("ingest", "done").inc()
@@ -214,6 +210,8 @@ class Telemetry:
         series.particles.labels("accepted").inc(sum(histogram[self._threshold_bin :]))
         series.particles.labels("below_threshold").inc(sum(histogram[: self._threshold_bin]))
         series.particles.labels("unscored").inc(result.n_excluded)
+        for size in result.batch_sizes:
+            series.batch_size.observe(size)
         series.cache_hits.inc(result.n_cache_hits)
         series.cache_misses.inc(max(0, result.n_scored - result.n_cache_hits))
         self._take_seconds("rank", result.seconds)

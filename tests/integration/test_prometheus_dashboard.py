@@ -115,7 +115,6 @@ class Session:
         scores = np.clip(np.concatenate([rng.normal(0.75, 0.1, 140), rng.normal(0.15, 0.06, 60)]), 0, 0.999)
         histogram = tuple(int(n) for n in np.bincount((scores * 100).astype(int), minlength=100))
         telemetry.observe(ExposurePreprocessed(at=at - 10.0, result=self._preprocessed(name)))
-        telemetry.observe_batch(64)
         ranked = RankResult(
             exposure_id=ExposureId(name),
             model_hash="m",
@@ -123,6 +122,7 @@ class Session:
             n_excluded=2,
             n_cache_hits=20,
             score_histogram=histogram,
+            batch_sizes=(64,),
             seconds={"load": 0.1, "score": 1.5},
         )
         telemetry.observe(ExposureRanked(at=at, result=ranked))

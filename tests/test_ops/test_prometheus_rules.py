@@ -129,7 +129,6 @@ def test_promtool_finds_nothing_to_complain_of_in_our_exposition():
     from stream.telemetry import Snapshot, Telemetry, Volume
 
     telemetry = Telemetry("1.0")
-    telemetry.observe_batch(10)
     telemetry.set_gauges(
         Snapshot(
             n_found=0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -78,6 +79,8 @@ class ListSource:
 
 class PromptRuntime:
     """Answers every command at the next poll; `broken` names fail as bad input; `mute` holds answers back."""
+
+    worker_restarts: ClassVar[dict[str, int]] = {}
 
     def __init__(self, broken: Sequence[str] = (), *, mute: bool = False) -> None:
         self.commands: list[Command] = []
