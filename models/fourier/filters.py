@@ -18,7 +18,8 @@ def squared_frequencies(shape_yx: tuple[int, int], pixel_size_angstrom: float) -
     """Return k² in 1/Å² for the half spectrum of an image of `shape_yx`."""
     ky = torch.fft.fftfreq(shape_yx[0], pixel_size_angstrom)
     kx = torch.fft.rfftfreq(shape_yx[1], pixel_size_angstrom)
-    return ky.square()[:, None] + kx.square()[None, :]
+    k2: Tensor = ky.square()[:, None] + kx.square()[None, :]
+    return k2
 
 
 def b_factor_filter(k2: Float[Tensor, "h wr"], b_factor_angstrom2: float) -> Float[Tensor, "h wr"]:
@@ -51,5 +52,5 @@ def smooth_gaussian(image: Float[Tensor, "h w"], sigma_px: float) -> Float[Tenso
     padded = torch.nn.functional.pad(image[None, None], pads, mode="reflect")[0, 0]
     size = (int(padded.shape[0]), int(padded.shape[1]))
     kernel = torch.exp(-2.0 * (math.pi * sigma_px) ** 2 * squared_frequencies(size, 1.0))
-    smooth = torch.fft.irfft2(torch.fft.rfft2(padded) * kernel, s=size)
+    smooth: Tensor = torch.fft.irfft2(torch.fft.rfft2(padded) * kernel, s=size)
     return smooth[pad : pad + height, pad : pad + width]

@@ -73,7 +73,8 @@ def _tile_starts(n: int, tile_px: int, overlap: float) -> list[int]:
 def half_from_centred(power: Float[Tensor, "n n"]) -> Float[Tensor, "n nr"]:
     """Return the half spectrum of a full, centred power spectrum image (origin at n // 2)."""
     n = int(power.shape[-1])
-    return torch.fft.ifftshift(power, dim=(-2, -1))[:, : n // 2 + 1]
+    shifted: Tensor = torch.fft.ifftshift(power, dim=(-2, -1))
+    return shifted[:, : n // 2 + 1]
 
 
 def centred_from_half(power: Float[Tensor, "n nr"]) -> Float[Tensor, "n n"]:
@@ -81,7 +82,8 @@ def centred_from_half(power: Float[Tensor, "n nr"]) -> Float[Tensor, "n n"]:
     n = int(power.shape[0])
     mirrored = torch.roll(torch.flip(power, dims=(0,)), 1, dims=0)
     negative = torch.flip(mirrored[:, 1 : n // 2], dims=(1,))
-    return torch.fft.fftshift(torch.cat([power, negative], dim=1), dim=(-2, -1))
+    centred: Tensor = torch.fft.fftshift(torch.cat([power, negative], dim=1), dim=(-2, -1))
+    return centred
 
 
 def radial_mean(power: Float[Tensor, "n nr"]) -> NDArray[np.float64]:
@@ -122,17 +124,24 @@ def polar_spectrum(
     used = (ring >= 0) & (ring < n_rings) & (fx > 0) & (fy != 0)
     flat = (sector * n_rings + ring)[used].numpy()
     size = n_sectors * n_rings
-    counts = np.bincount(flat, minlength=size).reshape(n_sectors, n_rings).astype(np.float64)
+    counts = np.asarray(np.bincount(flat, minlength=size), dtype=np.float64).reshape(n_sectors, n_rings)
     sums = np.bincount(flat, weights=power[used].double().numpy(), minlength=size)
     values = sums.reshape(n_sectors, n_rings)
     ring_means = values.sum(axis=0) / np.maximum(counts.sum(axis=0), 1)
     values = np.where(counts > 0, values / np.maximum(counts, 1), ring_means[None, :])
     radii = np.bincount(ring[used].numpy(), weights=radius[used].double().numpy(), minlength=n_rings)
     k = radii / np.maximum(counts.sum(axis=0), 1) / (n * pixel_size_angstrom)
-    return PolarSpectrum(values, counts, (np.arange(n_sectors) + 0.5) * width, k)
+    angles = np.asarray((np.arange(n_sectors) + 0.5) * width, dtype=np.float64)
+    return PolarSpectrum(
+        values=np.asarray(values, dtype=np.float64),
+        counts=counts,
+        angles_deg=angles,
+        k=np.asarray(k, dtype=np.float64),
+    )
 
 
 def _squared_radius(n: int) -> Tensor:
     fy = torch.fft.fftfreq(n) * n
     fx = torch.arange(n // 2 + 1, dtype=fy.dtype)
-    return fy.square()[:, None] + fx.square()[None, :]
+    squared: Tensor = fy.square()[:, None] + fx.square()[None, :]
+    return squared

@@ -29,10 +29,16 @@ from models.motion.align import (
 _N_SPACE, _N_TIME = 6, 3
 # Offsets of the correlation windows, in cropped pixels: motion left after the global alignment is below 15 Å.
 _WINDOW_STEP_PX = 0.5
-# A patch shares a quarter of its width with each neighbour, so that no particle lies on every patch's rim.
-_PATCH_OVERLAP = 1.5
-# Prior on the coefficients (t in [0, 1]): local motion of more than some 15 Å per term is not physical.
-_PRIOR_ANGSTROM = 15.0
+# A patch is that much wider than its share of the field, so that no particle lies on every patch's rim.
+_PATCH_OVERLAP = 1.25
+# Half width of the correlation windows: local motion beyond it is not physical.
+_REACH_ANGSTROM = 15.0
+# Prior spread of each of the 36 degrees of freedom, as the rms over the field and the frames: local motion
+# in real movies is 1-3 Å in all (shared out over some ten terms that matter).
+_PRIOR_ANGSTROM = 0.25
+# A held-out rise below this fraction, or below that many of its standard errors, is not worth a warp.
+_MIN_GAIN = 0.002
+_MIN_SIGNIFICANCE = 1.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,12 +80,12 @@ def estimate_local_motion(
     global_shifts_px: Float[Tensor, "frame 2"],
     settings: AlignmentSettings,
     *,
-    patch_angstrom: float = 600.0,
+    patch_angstrom: float = 300.0,
     n_rounds: int = 3,
 ) -> LocalMotion | None:
     """Return the local motion that is left after the global shifts, or None when none can be shown.
 
-    `patch_angstrom` is the target width of a patch; the grid has 3 to 7 patches along an axis.
+    `patch_angstrom` is the target width of a patch; the grid has 4 to 8 patches along an axis.
     """
     n_frames = len(movie.spectra)
     if n_frames < 5:
@@ -89,12 +95,13 @@ def estimate_local_motion(
         return None
     coefficients = torch.zeros(2, _N_SPACE, _N_TIME)
     windows = torch.zeros(0)
-    for _ in range(n_rounds):
-        windows = patches.correlate(coefficients)
-        coefficients = patches.fit(windows, coefficients, torch.arange(patches.n))
-    gain = _held_out_gain(patches, windows, coefficients)
-    if gain <= 0.0:
+    unmoved = patches.correlate(coefficients)
+    gain = _held_out_gain(patches, unmoved)
+    if gain is None:
         return None
+    for round_index in range(n_rounds):
+        windows = unmoved if round_index == 0 else patches.correlate(coefficients)
+        coefficients = patches.fit(windows, coefficients, torch.arange(patches.n))
     peaks = patches.peaks(windows)
     model = patches.evaluate(coefficients)
     scale = torch.tensor(movie.scale_yx)
@@ -121,7 +128,7 @@ class _Patches:
     ) -> None:
         pixel = movie.pixel_size_angstrom * math.sqrt(movie.scale_yx[0] * movie.scale_yx[1])
         inner = [movie.movie_yx[a] / movie.scale_yx[a] for a in (0, 1)]
-        grid = [min(7, max(3, round(n * pixel / patch_angstrom))) for n in inner]
+        grid = [min(8, max(4, round(n * pixel / patch_angstrom))) for n in inner]
         sizes = [2 * int(min(n, n / g * _PATCH_OVERLAP) // 2) for n, g in zip(inner, grid, strict=True)]
         self._shape = (sizes[0], sizes[1])
         starts = [
@@ -134,8 +141,8 @@ class _Patches:
         self.centres = torch.tensor(centres, dtype=torch.float32)
         self.n = len(self._corners)
         self.n_frames = len(movie.spectra)
-        self._prior = _PRIOR_ANGSTROM / pixel
-        radius = max(3, math.ceil(_PRIOR_ANGSTROM / pixel))
+        self._prior_px = _PRIOR_ANGSTROM / pixel
+        radius = max(3, math.ceil(_REACH_ANGSTROM / pixel))
         self._offsets = torch.arange(-radius, radius + _WINDOW_STEP_PX / 2, _WINDOW_STEP_PX)
         weights = correlation_weights(self._shape, pixel, settings)
         self._spectra = self._cut(movie, shifts_px, weights.sqrt())
@@ -185,17 +192,22 @@ class _Patches:
     def fit(self, windows: Tensor, start: Float[Tensor, "2 6 3"], used: Tensor) -> Float[Tensor, "2 6 3"]:
         """Maximise the correlation of the patches `used` over the coefficients, from `start`."""
         coefficients = start.clone().requires_grad_()
-        optimiser = torch.optim.LBFGS([coefficients], max_iter=60, line_search_fn="strong_wolfe")
+        optimiser = torch.optim.LBFGS([coefficients], max_iter=40, line_search_fn="strong_wolfe")
+
+        # the log-likelihood of white noise is the correlation (in units of its noise) times the signal's
+        # strength, which is what a frame correlates with the others by on the average
+        strength = (self.score(windows[used], self.evaluate(start)[used]) / self.n_frames).clamp(min=0.0)
+        strength = strength / _PATCH_OVERLAP**2
 
         def closure() -> Tensor:
             optimiser.zero_grad()
-            shifts = self.evaluate(coefficients)[used]
-            prior = 0.5 * (coefficients / self._prior).square().sum()
-            loss = prior - self.score(windows[used], shifts).sum()
+            field = self.evaluate(coefficients)
+            prior = 0.5 * field.square().sum(dim=-1).mean() / self._prior_px**2
+            loss = prior - (strength * self.score(windows[used], field[used])).sum()
             loss.backward()  # type: ignore[no-untyped-call]
             return loss
 
-        optimiser.step(closure)  # type: ignore[arg-type]
+        optimiser.step(closure)  # type: ignore[no-untyped-call]
         return coefficients.detach()
 
     def peaks(self, windows: Float[Tensor, "patch frame s s"]) -> Float[Tensor, "patch frame 2"]:
@@ -210,15 +222,22 @@ class _Patches:
         return peaks - peaks[:, :1]
 
 
-def _held_out_gain(patches: _Patches, windows: Tensor, coefficients: Float[Tensor, "2 6 3"]) -> float:
-    """Return the relative rise of the correlation on patches that a fit has not seen, over both colours."""
-    gained, before = 0.0, 0.0
+def _held_out_gain(patches: _Patches, windows: Tensor) -> float | None:
+    """Return the relative rise of the correlation on patches that a fit has not seen, None if it may be chance.
+
+    The windows are those of the unmoved patches: a reference that a model has been fitted to would favour
+    that model. The rise must exceed one and a half times its standard error over the patches.
+    """
+    zero = torch.zeros(2, _N_SPACE, _N_TIME)
+    still = patches.score(windows, patches.evaluate(zero))
+    moved = torch.empty_like(still)
     for colour in (True, False):
         seen = torch.nonzero(patches.is_white == colour)[:, 0]
         unseen = torch.nonzero(patches.is_white != colour)[:, 0]
-        model = patches.fit(windows, torch.zeros_like(coefficients), seen)
-        still = patches.evaluate(torch.zeros_like(coefficients))[unseen]
-        moved = patches.evaluate(model)[unseen]
-        gained += float((patches.score(windows[unseen], moved) - patches.score(windows[unseen], still)).sum())
-        before += float(patches.score(windows[unseen], still).sum())
-    return gained / max(abs(before), 1e-20)
+        model = patches.fit(windows, zero, seen)
+        moved[unseen] = patches.score(windows[unseen], patches.evaluate(model)[unseen])
+    rise = moved - still
+    error = float(rise.std()) / math.sqrt(patches.n)
+    gain = float(rise.sum()) / max(abs(float(still.sum())), 1e-20)
+    is_significant = float(rise.mean()) > _MIN_SIGNIFICANCE * max(error, 1e-20)
+    return gain if is_significant and gain > _MIN_GAIN else None

@@ -320,7 +320,7 @@ def _climb(correlator: _Correlator, start: _FLOAT, search: CtfSearch) -> tuple[_
         excess = max(0.0, math.hypot(point[1], point[2]) - search.max_astigmatism_angstrom)
         outside = max(0.0, low - point[3], point[3] - high) if has_phase else 0.0
         below = max(0.0, 0.5 * search.min_defocus_angstrom - point[0])
-        return -correlator.score(point) + 1e-3 * (excess + below) + 1e-2 * outside
+        return float(-correlator.score(point) + 1e-3 * (excess + below) + 1e-2 * outside)
 
     simplex = np.vstack([np.zeros(n_free), 1.5 * np.eye(n_free)])
     options = {"initial_simplex": simplex, "xatol": 0.01, "fatol": 1e-6, "maxiter": 400}

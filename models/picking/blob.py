@@ -165,7 +165,7 @@ def _respond(
     spectrum, squares = torch.fft.rfft2(padded), torch.fft.rfft2(padded.square())
 
     def convolve(of: Tensor, kernel: Tensor) -> Tensor:
-        whole = torch.fft.irfft2(of * torch.fft.rfft2(kernel), s=size)
+        whole: Tensor = torch.fft.irfft2(of * torch.fft.rfft2(kernel), s=size)
         return whole[pad : pad + height, pad : pad + width]
 
     responses, used = [], []
