@@ -22,6 +22,7 @@ from models.reconstruction.projector import (
     cube_to_volume,
     extract_slices,
     insert_slices,
+    sums_to_volume,
     volume_to_cube,
 )
 from models.reconstruction.scoring import (
@@ -98,6 +99,7 @@ class OnlineEm:
         settings: OnlineEmSettings,
         generator: torch.Generator,
         group: Float[Tensor, "g 3 3"] | None = None,
+        start: Float[Tensor, "n n n"] | None = None,
     ) -> None:
         self.settings, self.generator = settings, generator
         self.group = torch.eye(3)[None] if group is None else group
@@ -122,7 +124,13 @@ class OnlineEm:
         self.iteration = 0
         self.fsc = torch.zeros(self.grid.n_shells)
         self.first_temperature = 1.0
-        self.cube = self._starting_cube()
+        self.volume = torch.zeros((self.box_px,) * 3)
+        if start is None:
+            self.cube = self._starting_cube()
+        else:
+            # A map to polish enters at half time: untempered, free of sign, its radius about to be the last.
+            self.iteration = settings.n_iterations // 2
+            self.cube = volume_to_cube(start, self.max_shell)
 
     # -- schedule -----------------------------------------------------------------------------------------------
 
@@ -172,7 +180,7 @@ class OnlineEm:
             sums = insert_slices(sums, channels, rotations @ element, batch.plane)
         shells = torch.arange(self.grid.n_shells)
         ssnr = torch.where(shells <= self.settings.first_shell, 1.0, 0.0)
-        volume = cube_to_volume(solve_map(sums, ssnr, self.grid), self.box_px)
+        volume = sums_to_volume(solve_map(sums, ssnr, self.grid), self.box_px)
         noise = torch.randn(volume.shape, generator=self.generator)
         low = volume_to_cube(noise, self.max_shell) * self.grid.spread(ssnr)
         noise = cube_to_volume(low, self.box_px)
@@ -190,7 +198,7 @@ class OnlineEm:
         batch = self.data.take(self._next_batch()).within(shell)
         slices = extract_slices(self.cube, rotations, batch.plane)
         projections = Projections.of(slices)
-        if self.iteration == 0:
+        if self.iteration == 0 and self.settings.n_iterations > 1:
             self.first_temperature = self._find_temperature(batch, projections, search)
         half = len(batch) // 2
         beta = self.inverse_temperature()
@@ -257,13 +265,13 @@ class OnlineEm:
         one = torch.where(in_use, 2.0, 0.0)
         halves = [
             volume_to_cube(
-                cube_to_volume(solve_map(s, one, self.grid), self.box_px) * self.mask, self.max_shell
+                sums_to_volume(solve_map(s, one, self.grid), self.box_px) * self.mask, self.max_shell
             )
             for s in (self.sums[:3], self.sums[3:])
         ]
         self.fsc = correlate_shells(halves[0], halves[1], self.grid)
         ssnr = torch.where(in_use, ssnr_of(self.fsc, n_halves=2), torch.zeros(()))
-        volume = cube_to_volume(solve_map(self.sums[:3] + self.sums[3:], ssnr, self.grid), self.box_px)
+        volume = sums_to_volume(solve_map(self.sums[:3] + self.sums[3:], ssnr, self.grid), self.box_px)
         if self._fraction() < 0.5:
             volume = volume.clamp_min(0.0)
         self.volume = volume * self.mask
@@ -285,6 +293,10 @@ class OnlineEm:
                 log_sum = scores.sub_(top).exp_().sum((1, 2)).log() + top[:, 0, 0]
                 total += float(log_sum.double().sum())
         return total / max(1, len(held)) - math.log(self.fine.shape[0])
+
+    def full_size_volume(self) -> Float[Tensor, "n n n"]:
+        """Return the map on the images' box."""
+        return cube_to_volume(self.cube, self.data.box_size_px)
 
     def result(self) -> EmResult:
         """Return the map with its held-out evidence."""
@@ -327,10 +339,13 @@ def run_start(
     settings: OnlineEmSettings,
     generator: torch.Generator,
     on_progress: Callable[[EmProgress], None] | None = None,
+    *,
+    group: Float[Tensor, "g 3 3"] | None = None,
+    start: Float[Tensor, "n n n"] | None = None,
 ) -> EmResult:
-    """Run one start to its end; `on_progress` may raise to stop it."""
-    em = OnlineEm(data, settings, generator)
-    for _ in range(settings.n_iterations):
+    """Run one start (or, from the map `start`, the second half of one) to its end; `on_progress` may raise."""
+    em = OnlineEm(data, settings, generator, group, start)
+    while em.iteration < settings.n_iterations:
         progress = em.step()
         if on_progress is not None:
             on_progress(progress)

@@ -3,7 +3,7 @@
 A volume of n³ voxels lives in Fourier space as a *cube*: the samples of its twofold zero-padded transform up to a
 radius, zero frequency in the middle, real and imaginary parts as two channels. A slice is read at the points
 Rᵀ(kx, ky, 0) (`models.fourier.rotations`), where trilinear interpolation multiplies the volume in real space
-by sinc² along each axis; `volume_to_cube` divides that out beforehand and `cube_to_volume` afterwards.
+by sinc² along each axis; `volume_to_cube` divides that out beforehand, `sums_to_volume` after insertion.
 Insertion is the exact adjoint of slicing. Transforms are unnormalised, so that a slice at shell s equals the
 DFT of the projection (the sum of the voxels along the beam). Radii are in shells, 1 / (n · pixel size).
 """
@@ -112,16 +112,30 @@ def volume_to_cube(
 def cube_to_volume(
     cube: Float[Tensor, "2 c c c"], box_size_px: int, padding: int = PADDING
 ) -> Float[Tensor, "n n n"]:
-    """Return the volume of a (Hermitian) cube: inverse transform, crop to the box, gridding correction."""
+    """Invert `volume_to_cube` (up to the shells that the cube does not hold)."""
+    return samples_to_volume(cube, box_size_px, padding) * gridding_window(box_size_px, padding)
+
+
+def sums_to_volume(
+    cube: Float[Tensor, "2 c c c"], box_size_px: int, padding: int = PADDING
+) -> Float[Tensor, "n n n"]:
+    """Return the volume of a cube of solved sums: insertion spread each value over its neighbours, so divide."""
+    return samples_to_volume(cube, box_size_px, padding) / gridding_window(box_size_px, padding)
+
+
+def samples_to_volume(
+    cube: Float[Tensor, "2 c c c"], box_size_px: int, padding: int = PADDING
+) -> Float[Tensor, "n n n"]:
+    """Return the volume whose transform takes these values on the padded grid (Hermitian is the caller's)."""
     n, m = box_size_px, padding * box_size_px
     h = (cube.shape[-1] - 1) // 2
     index = torch.arange(-h, h + 1) % m
-    spectrum = torch.zeros((m, m, m), dtype=torch.complex64)
-    spectrum[index[:, None, None], index[None, :, None], index[None, None, :]] = torch.complex(cube[0], cube[1])
-    # Only the non-negative half of x is read: Hermitian symmetry is the caller's (see `symmetrise_friedel`).
-    padded = torch.fft.fftshift(torch.fft.irfftn(spectrum[..., : m // 2 + 1], s=(m, m, m)))
+    half = torch.zeros((m, m, m // 2 + 1), dtype=torch.complex64)
+    values = torch.complex(cube[0, :, :, h:], cube[1, :, :, h:])
+    half[index[:, None, None], index[None, :, None], torch.arange(h + 1)] = values
+    padded = torch.fft.fftshift(torch.fft.irfftn(half, s=(m, m, m)))
     low = m // 2 - n // 2
-    return padded[low : low + n, low : low + n, low : low + n] / gridding_window(n, padding)
+    return padded[low : low + n, low : low + n, low : low + n]
 
 
 def slice_points(

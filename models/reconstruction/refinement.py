@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +22,8 @@ from models.reconstruction.masks import mask_from_map
 from models.reconstruction.online_em import soft_sphere
 from models.reconstruction.particle_data import ParticleData
 from models.reconstruction.pose_search import Hypotheses, LocalLevel, search_globally, search_locally
-from models.reconstruction.projector import cube_to_volume, extract_slices, volume_to_cube
-from models.reconstruction.scoring import ShiftSearch, weighted_images
+from models.reconstruction.projector import cube_to_volume, extract_slices, sums_to_volume, volume_to_cube
+from models.reconstruction.scoring import ShiftSearch, fast_products, weighted_images
 from models.reconstruction.sufficient import (
     ReconstructionGrid,
     accumulate_posed,
@@ -91,7 +92,7 @@ class _Half:
         n = len(data)
         self.data, self.grid = data, grid
         self.noise = data.mean_power().clamp_min(1e-20)
-        self.cube = volume_to_cube(volume, grid.max_shell)
+        self.cube = volume_to_cube(match_scale(volume, data, grid), grid.max_shell)
         self.rotations = torch.eye(3).repeat(n, 1, 1) if warm is None else warm.rotations.clone()
         self.shifts = torch.zeros((n, 2)) if warm is None else warm.shifts_xy_px.clone()
         self.is_known = torch.zeros(n, dtype=torch.bool) if warm is None else warm.is_known.clone()
@@ -121,17 +122,17 @@ class _Half:
         self.noise = self.data.mean_power().clamp_min(1e-20)
         self.noise[: total.numel()] = (total / len(near)).clamp_min(1e-20)
 
-    def reconstruct(self, group: Float[Tensor, "g 3 3"]) -> None:
-        """Accumulate all images at their poses."""
-        images, weights = weighted_images(self.data, (1.0 / self.noise)[self.data.plane.shell])
-        images = images * self.data.plane.phases(self.shifts)
-        self.sums = accumulate_posed(
-            self.grid.zeros(), images, weights, self.rotations, self.data.plane, group
-        )
+    def reconstruct(self, group: Float[Tensor, "g 3 3"], index: Tensor | None = None) -> None:
+        """Accumulate all images (or those at `index`) at their poses."""
+        rows = torch.arange(len(self.data)) if index is None else index
+        data, plane = self.data.take(rows), self.data.plane
+        images, weights = weighted_images(data, (1.0 / self.noise)[plane.shell])
+        images = images * plane.phases(self.shifts[rows])
+        self.sums = accumulate_posed(self.grid.zeros(), images, weights, self.rotations[rows], plane, group)
 
     def volume(self, ssnr: Float[Tensor, "s"]) -> Float[Tensor, "n n n"]:
         """Return this half's map under a radial prior."""
-        return cube_to_volume(solve_map(self.sums, ssnr, self.grid), self.data.box_size_px)
+        return sums_to_volume(solve_map(self.sums, ssnr, self.grid), self.data.box_size_px)
 
 
 class Refinement:
@@ -147,7 +148,10 @@ class Refinement:
         generator: torch.Generator,
         warm: WarmPoses | None = None,
         check: Callable[[], None] | None = None,
+        *,
+        n_threads: int = 1,
     ) -> None:
+        self.n_threads = n_threads
         self.settings, self.group, self.generator, self.check = settings, group, generator, check
         self.data = data
         self.indices = [(half_set == h).nonzero()[:, 0] for h in (1, 2)]
@@ -159,14 +163,26 @@ class Refinement:
         self.sphere = soft_sphere(box, settings.mask_diameter_fraction * box, 0.06 * box)
         first_shell = max(4.0, data.box_angstrom / settings.initial_resolution_angstrom)
         self.shell = min(first_shell, self.grid.max_shell)
-        reference = match_scale(reference * self.sphere, data, self.grid)
-        start = _low_passed(reference, self.shell, self.grid)
+        start = _low_passed(reference * self.sphere, self.shell, self.grid)
         self.halves = [
             _Half(data.take(i), start, None if warm is None else _take_warm(warm, i), self.grid)
             for i in self.indices
         ]
         self.iteration = 0
         self.fsc = torch.zeros(self.grid.n_shells)
+        self.n_unimproved, self.best_shell = 0, 0.0
+        if warm is not None and all(int(half.is_known.sum()) >= 20 for half in self.halves):
+            # Known poses say more than a 30 Å shape: each half starts from its own map at them.
+            for half in self.halves:
+                half.reconstruct(group, half.is_known.nonzero()[:, 0])
+            self._update()
+            self.n_unimproved = 0
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the schedule has ended, or local search has stopped paying: two iterations without gain."""
+        is_local = self.iteration > self.settings.n_global
+        return self.iteration >= self.n_iterations or (is_local and self.n_unimproved >= 2)
 
     @property
     def n_iterations(self) -> int:
@@ -181,10 +197,15 @@ class Refinement:
     def step(self) -> RefinementProgress:
         """Align both halves, reconstruct them, and set prior and radius from their FSC."""
         is_global = self.iteration < self.settings.n_global
-        for half in self.halves:
-            self._align(half, is_global=is_global)
+        turn = random_rotations(1, self.generator)[0]
+
+        def advance(half: _Half) -> None:
+            self._align(half, turn, is_global=is_global)
             half.estimate_noise(self.shell)
             half.reconstruct(self.group)
+
+        with fast_products(), ThreadPoolExecutor(max_workers=min(2, max(1, self.n_threads))) as pool:
+            list(pool.map(advance, self.halves))
         self._update()
         self.iteration += 1
         return RefinementProgress(
@@ -195,20 +216,19 @@ class Refinement:
             is_global=is_global,
         )
 
-    def _align(self, half: _Half, *, is_global: bool) -> None:
+    def _align(self, half: _Half, turn: Tensor, *, is_global: bool) -> None:
         unknown = (~half.is_known).nonzero()[:, 0]
         known = half.is_known.nonzero()[:, 0]
         if is_global and unknown.numel():
-            half.adopt(unknown, self._align_globally(half, unknown))
+            half.adopt(unknown, self._align_globally(half, unknown, turn))
         elif unknown.numel():
             half.adopt(unknown, self._align_locally(half, unknown))
         if known.numel():
             half.adopt(known, self._align_locally(half, known))
 
-    def _align_globally(self, half: _Half, index: Tensor) -> Hypotheses:
+    def _align_globally(self, half: _Half, index: Tensor, turn: Tensor) -> Hypotheses:
         s, box = self.settings, self.data.box_size_px
         coarse_shell = min(self.shell, s.global_max_shell)
-        turn = random_rotations(1, self.generator)[0]
         rotations = asymmetric_unit(so3_grid(s.grid_order) @ turn, self.group)
         search = ShiftSearch.gaussian(shift_grid(2, s.shift_step_fraction * box), s.shift_sigma_fraction * box)
         data = half.data.take(index)
@@ -220,8 +240,8 @@ class Refinement:
         step_deg, step_px = 60.0 / 2**s.grid_order / 2, s.shift_step_fraction * box / 2
         levels = [
             LocalLevel(step_deg, step_px, 4, coarse_shell),
-            LocalLevel(step_deg / 2, step_px / 2, 2, self.shell),
-            LocalLevel(step_deg / 4, step_px / 4, 1, self.shell),
+            LocalLevel(step_deg / 2, step_px / 2, 2, self._shell_for(step_deg / 2)),
+            LocalLevel(step_deg / 4, step_px / 4, 1, self._shell_for(step_deg / 4)),
         ]
         if self._needs_step_below(step_deg / 4):
             levels.append(LocalLevel(step_deg / 8, step_px / 4, 1, self.shell))
@@ -236,12 +256,18 @@ class Refinement:
             half.rotations[index][:, None], half.shifts[index][:, None], torch.zeros((index.numel(), 1))
         )
         step_deg, step_px = 3.0, 0.5 * s.shift_step_fraction * box
-        levels = [LocalLevel(step_deg / 2**i, step_px / 2**i, 1, self.shell) for i in range(4)]
+        levels = [
+            LocalLevel(step_deg / 2**i, step_px / 2**i, 1, self._shell_for(step_deg / 2**i)) for i in range(4)
+        ]
         levels = [level for i, level in enumerate(levels) if i == 0 or self._needs_step_below(level.step_deg * 2)]
         return search_locally(
             half.data.take(index), half.cube, half.inverse_noise(), start, levels,
             shift_sigma_px=s.shift_sigma_fraction * box, check=self.check,
         )  # fmt: skip
+
+    def _shell_for(self, step_deg: float) -> float:
+        """Return the radius that a step can tell apart: beyond 0.4 waves at the rim, points are wasted on it."""
+        return min(self.shell, max(self.settings.global_max_shell, 0.4 / (0.35 * math.radians(step_deg))))
 
     def _needs_step_below(self, step_deg: float) -> bool:
         """Say whether half this step still moves the particle's rim by a fifth of the finest wave in use."""
@@ -252,23 +278,29 @@ class Refinement:
     def _update(self) -> None:
         one = torch.full((self.grid.n_shells,), 10.0)
         plain = [half.volume(one) for half in self.halves]
-        masks = [self._mask(half, v) for half, v in zip(self.halves, plain, strict=True)]
+        masks = [self._mask(v) for v in plain]
         cubes = [volume_to_cube(v * m, self.grid.max_shell) for v, m in zip(plain, masks, strict=True)]
         self.fsc = correlate_shells(cubes[0], cubes[1], self.grid)
         above = self.fsc >= FSC_THRESHOLD
         crossing = int((~above[1:]).int().argmax()) if not bool(above[1:].all()) else self.grid.n_shells - 1
         # Two shells beyond the crossing let a resolution that can grow do so; the prior keeps them quiet.
         shell = min(self.grid.max_shell, max(crossing, 3) + 2.0)
+        self.n_unimproved = 0 if shell > self.best_shell else self.n_unimproved + 1
+        self.best_shell = max(self.best_shell, shell)
         self.shell = shell
         ssnr = ssnr_of(self.fsc, n_halves=1)
         ssnr = torch.where(torch.arange(self.grid.n_shells) <= shell, ssnr, torch.zeros(()))
         for half, mask in zip(self.halves, masks, strict=True):
             half.cube = volume_to_cube(half.volume(ssnr) * mask, self.grid.max_shell)
 
-    def _mask(self, half: _Half, volume: Tensor) -> Tensor:
-        """Return the half's own solvent mask: the sphere at first, the map's wide envelope later."""
-        del half, volume
-        return self.sphere
+    def _mask(self, volume: Tensor) -> Tensor:
+        """Return a half's own solvent mask: the sphere at first, the map's wide envelope later."""
+        if self.iteration < 1:
+            return self.sphere
+        wide = mask_from_map(
+            volume, self.data.pixel_size_angstrom, lowpass_angstrom=20.0, dilate_angstrom=15.0, soft_angstrom=12.0
+        )
+        return wide * self.sphere
 
     def result(self) -> RefinementResult:
         """Return unfiltered half maps and poses in the input's order."""
@@ -293,12 +325,13 @@ def _take_warm(warm: WarmPoses, index: Tensor) -> WarmPoses:
 
 
 def match_scale(
-    reference: Float[Tensor, "n n n"], data: ParticleData, grid: ReconstructionGrid, n_shells: int = 4
+    reference: Float[Tensor, "n n n"], data: ParticleData, grid: ReconstructionGrid, n_shells: int = 3
 ) -> Float[Tensor, "n n n"]:
     """Scale a centred map of unknown units to the images, without poses.
 
     The mean image over uniform views is the projection of the map's spherical average times the CTF; the factor is
-    the least-squares one over the lowest shells, where that average is far above the noise. A map whose contrast is
+    the least-squares one over the lowest shells, where that average is far above the noise and the particles'
+    unknown shifts hardly blur it (they make the factor up to a quarter too small). A map whose contrast is
     the images' opposite would get a negative factor and is refused.
     """
     cube = volume_to_cube(reference, grid.max_shell)

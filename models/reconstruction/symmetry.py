@@ -18,8 +18,8 @@ from torch import Tensor
 from models.reconstruction.grids import rotation_vector_to_matrix, so3_grid
 from models.reconstruction.projector import (
     cube_half_side,
-    cube_to_volume,
     read_cube,
+    samples_to_volume,
     volume_to_cube,
 )
 from models.reconstruction.sufficient import ReconstructionGrid, correlate_shells
@@ -81,7 +81,20 @@ class _SymmetryScore:
 def impose_symmetry(
     volume: Float[Tensor, "n n n"], group: Float[Tensor, "g 3 3"], *, max_shell: float, coarse_shell: float = 6.0
 ) -> SymmetryFit:
-    """Find the group's axes in `volume` using shells up to `max_shell`, snap to them and symmetrise.
+    """Return the best frame of `find_frames`: the map snapped to the group's axes, and symmetrised."""
+    return find_frames(volume, group, max_shell=max_shell, coarse_shell=coarse_shell, n_best=1)[0]
+
+
+def find_frames(
+    volume: Float[Tensor, "n n n"],
+    group: Float[Tensor, "g 3 3"],
+    *,
+    max_shell: float,
+    coarse_shell: float = 6.0,
+    n_best: int = 3,
+    n_refined: int = N_REFINED,
+) -> list[SymmetryFit]:
+    """Find the group's axes in `volume` using shells up to `max_shell`; return the best distinct frames.
 
     The caller judges `score`: below about 0.5 the map does not have the group.
     """
@@ -89,25 +102,40 @@ def impose_symmetry(
     top_shell = n // 2 - 1
     cube = volume_to_cube(volume, top_shell)
     if group.shape[0] == 1:
-        return SymmetryFit(
+        return [SymmetryFit(
             aligned=volume, symmetrised=volume, rotation=torch.eye(3), offset_xyz_px=torch.zeros(3),
             score=1.0, fsc=torch.ones(top_shell + 1),
-        )  # fmt: skip
+        )]  # fmt: skip
     offset = _centre_of_mass(volume)
     candidates = so3_grid(2)
     coarse = _SymmetryScore(cube, group, n, min(coarse_shell, max_shell))
+    fine = _SymmetryScore(cube, group, n, max_shell)
     with torch.no_grad():
         scores = torch.stack([coarse.score(r, offset) for r in candidates])
-    best: tuple[float, Tensor, Tensor] | None = None
-    for index in scores.topk(N_REFINED).indices:
+    found: list[tuple[float, Tensor, Tensor]] = []
+    for index in scores.topk(n_refined).indices:
         rotation, moved, _ = _ascend(coarse, candidates[index], offset, n_steps=40)
-        fine = _SymmetryScore(cube, group, n, max_shell)
         rotation, moved, score = _ascend(fine, rotation, moved, n_steps=25)
-        if best is None or score > best[0]:
-            best = (score, rotation, moved)
-    assert best is not None  # noqa: S101 - topk of a non-empty grid
-    score, rotation, offset = best
-    return _snap(cube, volume, group, rotation, offset, score)
+        found.append((score, rotation, moved))
+    found.sort(key=lambda item: -item[0])
+    distinct: list[tuple[float, Tensor, Tensor]] = []
+    for score, rotation, moved in found:
+        # Frames that differ by the group, or by a turn that permutes its axes, have the same score and centre.
+        is_new = all(abs(score - s) > 0.01 or float((moved - o).norm()) > 1.0 for s, _, o in distinct)
+        if is_new and len(distinct) < n_best:
+            distinct.append((score, rotation, moved))
+    return [_snap(volume, group, rotation, moved, score) for score, rotation, moved in distinct]
+
+
+def symmetry_score(
+    volume: Float[Tensor, "n n n"], group: Float[Tensor, "g 3 3"], *, max_shell: float
+) -> float:
+    """Return the mean correlation of a map with its copies about axes that lie where the group puts them."""
+    if group.shape[0] == 1:
+        return 1.0
+    n = int(volume.shape[-1])
+    scorer = _SymmetryScore(volume_to_cube(volume, n // 2 - 1), group, n, min(max_shell, n // 2 - 1))
+    return float(scorer.score(torch.eye(3), torch.zeros(3)))
 
 
 def _ascend(
@@ -131,9 +159,7 @@ def _ascend(
         return turned, centre.detach(), float(scorer.score(turned, centre))
 
 
-def _snap(
-    cube: Tensor, volume: Tensor, group: Tensor, rotation: Tensor, offset: Tensor, score: float
-) -> SymmetryFit:
+def _snap(volume: Tensor, group: Tensor, rotation: Tensor, offset: Tensor, score: float) -> SymmetryFit:
     n = int(volume.shape[-1])
     top_shell = n // 2 - 1
     aligned = turn_volume(volume, rotation, offset)
@@ -162,7 +188,7 @@ def turn_volume(
     cos, sin = torch.cos(angle), torch.sin(angle)
     turned = torch.stack((value[0] * cos - value[1] * sin, value[0] * sin + value[1] * cos))
     inside = points[0].norm(dim=1) <= top_shell
-    return cube_to_volume((turned * inside).view_as(cube), n)
+    return samples_to_volume((turned * inside).view_as(cube), n)
 
 
 def _centre_of_mass(volume: Tensor) -> Tensor:

@@ -1,0 +1,348 @@
+"""The embedded engine: initial model and gold-standard refinement on this machine's CPU, nothing to install.
+
+Thin by design: the mathematics is in `models.reconstruction`; here particles are loaded, settings translated,
+progress and stopping passed through, and the run folder written (each file whole or not at all).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from actors.engines.base import (
+    EngineInput,
+    EngineOutput,
+    EngineProgress,
+    EngineSettings,
+    EngineStopped,
+    ProgressCallback,
+    StopCheck,
+)
+from actors.engines.particle_images import LoadedParticles, load_particles
+from actors.engines.run_folder import RunFolder, RunSummary, measure_orientation
+from models.fourier.point_groups import symmetry_matrices
+from models.fourier.rotations import euler_to_matrix
+from models.reconstruction.fsc import masked_fsc
+from models.reconstruction.halfmaps import combine_halves
+from models.reconstruction.initial_model import InitialModel, find_initial_model
+from models.reconstruction.masks import mask_from_map
+from models.reconstruction.online_em import EmProgress, OnlineEmSettings
+from models.reconstruction.refinement import (
+    Refinement,
+    RefinementProgress,
+    RefinementResult,
+    RefinementSettings,
+    WarmPoses,
+)
+from models.reconstruction.symmetry import impose_symmetry, symmetry_score
+from models.reconstruction.volume_io import read_volume, resample_volume, write_volume
+from stream.ingest.particle_sets import read_particle_table
+from stream.records.errors import ConfigurationError, InputError
+from stream.store.files import replacing
+
+_EFFORT = {"quick": (50, 300), "normal": (80, 400), "thorough": (120, 600)}
+"""Iterations and last batch of the initial model. The full recipe is "thorough"; weaker ones need more starts."""
+
+MIN_SYMMETRY_SCORE = 0.5
+"""A start map whose copies correlate less is searched for its axes before the group is imposed."""
+
+
+class EmbeddedEngine:
+    """Online EM and FSC-regularised refinement in PyTorch (`models.reconstruction`)."""
+
+    @property
+    def name(self) -> str:
+        """The engine's name."""
+        return "embedded"
+
+    def initial_model(
+        self,
+        source: EngineInput,
+        settings: EngineSettings,
+        out: Path,
+        progress: ProgressCallback | None = None,
+        should_stop: StopCheck | None = None,
+    ) -> Path:
+        """Find a map from nothing and write it to `out/initial.mrc` (and initial.json: every start tried)."""
+        started = time.monotonic()
+        group = _group(settings.symmetry)
+        particles = load_particles(source.particles_star, source.root, max_box_px=settings.max_box_px)
+        data = particles.data
+        n_iterations, last_batch = _EFFORT[settings.effort]
+        em_settings = OnlineEmSettings(
+            n_iterations=n_iterations,
+            last_batch=last_batch,
+            mask_diameter_fraction=_mask_fraction(settings, particles),
+        )
+
+        def report(phase: str, step: EmProgress) -> None:
+            _check(should_stop, source.particles_star)
+            if progress is not None:
+                resolution = data.box_angstrom / step.shell
+                text = f"{phase}: iteration {step.iteration}/{step.n_iterations}, {resolution:.1f} Å"
+                progress(
+                    EngineProgress(
+                        phase="initial_model",
+                        iteration=step.iteration,
+                        n_iterations=step.n_iterations,
+                        resolution_angstrom=resolution,
+                        text=text,
+                    )
+                )
+
+        with _one_thread():
+            model = find_initial_model(
+                data,
+                em_settings,
+                group,
+                n_starts=settings.n_starts,
+                seed=settings.seed,
+                n_threads=settings.n_threads,
+                on_progress=report,
+            )
+        folder = RunFolder(out)
+        with replacing(folder.initial_map) as temporary:
+            write_volume(temporary, model.volume, data.pixel_size_angstrom)
+        folder.write_json(folder.initial_summary, _describe(model, settings, time.monotonic() - started))
+        return folder.initial_map
+
+    def refine(
+        self,
+        source: EngineInput,
+        initial_map: Path,
+        settings: EngineSettings,
+        out: Path,
+        warm_start_poses: Path | None = None,
+        progress: ProgressCallback | None = None,
+        should_stop: StopCheck | None = None,
+    ) -> EngineOutput:
+        """Refine both halves from the map's 30 Å shape (and known poses); write the run folder into `out`."""
+        clock = _Clock()
+        group = _group(settings.symmetry)
+        particles = load_particles(source.particles_star, source.root, max_box_px=settings.max_box_px)
+        data, notes = particles.data, _exclusion_notes(particles)
+        reference = _reference(initial_map, particles, group, notes)
+        warm = _warm_poses(warm_start_poses, source.root, particles, notes)
+        clock.lap("load")
+
+        def check() -> None:
+            _check(should_stop, source.particles_star)
+
+        def report(step: RefinementProgress) -> None:
+            if progress is not None:
+                kind = "global" if step.is_global else "local"
+                text = f"{kind} search {step.iteration}/{step.n_iterations}: {step.resolution_angstrom:.1f} Å"
+                progress(
+                    EngineProgress(
+                        phase="refine",
+                        iteration=step.iteration,
+                        n_iterations=step.n_iterations,
+                        resolution_angstrom=step.resolution_angstrom,
+                        text=text,
+                    )
+                )
+
+        with _one_thread():
+            result = _refine(particles, reference, settings, group, warm, check, report)
+        clock.lap("refine")
+        return _finish(particles, result, settings, group, RunFolder(out), clock, notes)
+
+    def orientation_diagnostics(self, out: Path) -> Mapping[str, Any]:
+        """Measure the diagnostics of a finished run folder again, from its half maps, mask and poses."""
+        folder = RunFolder(out)
+        half1, pixel_size = read_volume(folder.half1)
+        half2, _ = read_volume(folder.half2)
+        mask, _ = read_volume(folder.mask)
+        table = read_particle_table(folder.poses, require_ctf=False)
+        if table.euler_deg is None:
+            raise InputError(folder.poses, "a pose file has Euler angles", "none")
+        rotations = euler_to_matrix(torch.from_numpy(table.euler_deg).float())
+        group = _group(str(folder.read_json(folder.summary)["symmetry"]))
+        diagnostics = measure_orientation(half1, half2, mask, pixel_size, group, rotations, folder)
+        return diagnostics.summary()
+
+
+class _Clock:
+    """Seconds per part of a run."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.seconds[name] = round(now - self._last, 3)
+        self._last = now
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute on one thread per worker: parallelism comes from starts and halves, not from splitting products."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _check(should_stop: StopCheck | None, item: Path) -> None:
+    if should_stop is not None and should_stop():
+        raise EngineStopped(item, "the run was asked to stop before it was done")
+
+
+def _group(symmetry: str) -> Tensor:
+    try:
+        return symmetry_matrices(symmetry).float()
+    except ValueError as error:
+        raise ConfigurationError("symmetry", "a point group is Cn, Dn, T, O or I", symmetry) from error
+
+
+def _mask_fraction(settings: EngineSettings, particles: LoadedParticles) -> float:
+    """Return the mask's diameter over the box; None means 0.85, and a mask never exceeds the box."""
+    diameter = settings.mask_diameter_angstrom
+    if diameter is None:
+        return 0.85
+    if diameter <= 0:
+        raise ConfigurationError("mask_diameter_angstrom", "a mask has a positive diameter", diameter)
+    return min(0.95, diameter / particles.data.box_angstrom)
+
+
+def _reference(initial_map: Path, particles: LoadedParticles, group: Tensor, notes: list[str]) -> Tensor:
+    """Read the start map onto the working grid; if it lacks the group's axes where they belong, find them."""
+    data = particles.data
+    try:
+        volume, pixel_size = read_volume(initial_map)
+    except ValueError as error:
+        raise InputError(initial_map, "the initial map is a finite cubic MRC map", error) from error
+    volume = resample_volume(volume, pixel_size, data.box_size_px, data.pixel_size_angstrom)
+    if len(group) == 1 or symmetry_score(volume, group, max_shell=8.0) >= MIN_SYMMETRY_SCORE:
+        return volume
+    fit = impose_symmetry(volume, group, max_shell=9.0)
+    notes.append(f"symmetry axes found on the initial map with score {fit.score:.2f} (1 = exact)")
+    return fit.symmetrised
+
+
+def _warm_poses(
+    poses: Path | None, root: Path, particles: LoadedParticles, notes: list[str]
+) -> WarmPoses | None:
+    """Match an earlier run's poses by uid, or by stack and index where either side has no uid."""
+    if poses is None:
+        return None
+    old, new, rows = read_particle_table(poses, root=root, require_ctf=False), particles.table, particles.rows
+    if old.euler_deg is None or old.origin_xy_angstrom is None:
+        raise InputError(poses, "warm-start poses have angles and origins", "none")
+    if old.uids is not None and new.uids is not None:
+        old_keys: list[Any] = [int(uid) for uid in old.uids]
+        new_keys: list[Any] = [int(uid) for uid in new.uids[rows]]
+    else:
+        old_keys = list(zip(old.stack_paths.tolist(), old.stack_indices.tolist(), strict=True))
+        new_keys = list(zip(new.stack_paths[rows].tolist(), new.stack_indices[rows].tolist(), strict=True))
+    place = {key: i for i, key in enumerate(old_keys)}
+    found = np.array([place.get(key, -1) for key in new_keys], dtype=np.int64)
+    is_known = torch.from_numpy(found >= 0)
+    n_unknown = len(place) - int(is_known.sum())
+    if n_unknown:
+        notes.append(f"{n_unknown} earlier poses belong to particles that are not in this set")
+    euler = torch.from_numpy(old.euler_deg[np.maximum(found, 0)]).float()
+    origin = torch.from_numpy(old.origin_xy_angstrom[np.maximum(found, 0)]).float()
+    return WarmPoses(euler_to_matrix(euler), origin / particles.data.pixel_size_angstrom, is_known)
+
+
+def _refine(
+    particles: LoadedParticles,
+    reference: Tensor,
+    settings: EngineSettings,
+    group: Tensor,
+    warm: WarmPoses | None,
+    check: Any,  # noqa: ANN401 - a local closure
+    report: Any,  # noqa: ANN401 - likewise
+) -> RefinementResult:
+    own = RefinementSettings(mask_diameter_fraction=_mask_fraction(settings, particles))
+    if settings.effort == "quick":
+        own = replace(own, n_global=2, n_local=3)
+    generator = torch.Generator().manual_seed(settings.seed)
+    try:
+        refinement = Refinement(
+            particles.data, particles.half_set, reference, own, group, generator, warm, check,
+            n_threads=settings.n_threads,
+        )  # fmt: skip
+    except ValueError as error:
+        raise InputError(particles.table.source, "the initial map fits the images", error) from error
+    while not refinement.is_done:
+        check()
+        report(refinement.step())
+    return refinement.result()
+
+
+def _finish(
+    particles: LoadedParticles,
+    result: RefinementResult,
+    settings: EngineSettings,
+    group: Tensor,
+    folder: RunFolder,
+    clock: _Clock,
+    notes: list[str],
+) -> EngineOutput:
+    """Measure the half maps and write everything."""
+    data = particles.data
+    pixel_size = data.pixel_size_angstrom
+    generator = torch.Generator().manual_seed(settings.seed + 1)
+    mask = mask_from_map(0.5 * (result.half1 + result.half2), pixel_size)
+    curves = masked_fsc(result.half1, result.half2, mask, pixel_size, generator=generator)
+    combined = combine_halves(
+        result.half1, result.half2, curves.corrected, pixel_size, curves.resolution_angstrom
+    )
+    folder.write_maps(
+        {"map": combined.volume, "half1": result.half1, "half2": result.half2, "mask": mask}, pixel_size
+    )
+    folder.write_fsc(curves)
+    folder.write_poses(particles, result)
+    clock.lap("write")
+    diagnostics = measure_orientation(
+        result.half1, result.half2, mask, pixel_size, group, result.rotations, folder
+    )
+    folder.write_pictures(combined.volume, curves, diagnostics, pixel_size)
+    clock.lap("orientation")
+    if curves.resolution_angstrom is None:
+        notes.append("the halves do not correlate beyond chance: no resolution")
+    elif curves.is_at_nyquist:
+        notes.append("the FSC stays above 0.143 to Nyquist: smaller pixels would show more")
+    if pixel_size > particles.table.pixel_size_angstrom[0] * 1.001:
+        notes.append(f"images were reduced to {data.box_size_px} px of {pixel_size:.3f} Å")
+    notes.append("the hand of the map is not determined")
+    summary = RunSummary(
+        particles=particles,
+        settings=settings,
+        curves=curves,
+        diagnostics=diagnostics,
+        b_factor_angstrom2=combined.b_factor_angstrom2,
+        n_iterations=result.n_iterations,
+        notes=tuple(notes),
+        seconds=clock.seconds,
+    )
+    return folder.write_summary(summary)
+
+
+def _exclusion_notes(particles: LoadedParticles) -> list[str]:
+    return [f"{n} particles left out: {reason}" for reason, n in particles.excluded.items()]
+
+
+def _describe(model: InitialModel, settings: EngineSettings, seconds: float) -> dict[str, Any]:
+    return {
+        "symmetry": settings.symmetry,
+        "starts": [{"name": r.name, "log_evidence_nats": round(r.log_evidence, 4)} for r in model.reports],
+        "evidence_spread_nats": model.evidence_spread,
+        "symmetry_score": model.symmetry_score,
+        "seed": settings.seed,
+        "effort": settings.effort,
+        "seconds": round(seconds, 2),
+    }
