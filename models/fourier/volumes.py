@@ -18,16 +18,17 @@ def resample_volume(
 ) -> Float[Tensor, "n n n"]:
     """Return the volume on a grid of another pixel size and box, both centred on the middle voxel.
 
-    Frequencies beyond the coarser grid's Nyquist are removed first; then values are interpolated linearly
+    Frequencies beyond a coarser grid's Nyquist are removed first; then values are interpolated linearly
     on a grid made at least twice as fine as the new one, so that linear interpolation costs little. What lies
     outside the old box is zero.
     """
     n_old = int(volume.shape[0])
-    nyquist = 0.5 / max(pixel_size_angstrom, new_pixel_size_angstrom)
-    frequency = torch.fft.fftfreq(n_old, pixel_size_angstrom)
-    half = torch.fft.rfftfreq(n_old, pixel_size_angstrom)
-    k2 = frequency[:, None, None] ** 2 + frequency[None, :, None] ** 2 + half[None, None, :] ** 2
-    spectrum = torch.where(k2 <= nyquist**2, centred_rfft3(volume), torch.zeros(()))
+    spectrum = centred_rfft3(volume)
+    if new_pixel_size_angstrom > pixel_size_angstrom:
+        full = torch.fft.fftfreq(n_old, pixel_size_angstrom)
+        half = torch.fft.rfftfreq(n_old, pixel_size_angstrom)
+        k2 = full[:, None, None] ** 2 + full[None, :, None] ** 2 + half[None, None, :] ** 2
+        spectrum = spectrum * (k2 <= (0.5 / new_pixel_size_angstrom) ** 2)
     factor = max(1, -(-2 * pixel_size_angstrom // new_pixel_size_angstrom))
     fine = _upsample(spectrum, n_old, int(factor))
     fine_pixel = pixel_size_angstrom / int(factor)

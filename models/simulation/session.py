@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from models.fourier.transforms import good_size
+from models.fourier.volumes import resample_volume
 from models.simulation.exposure import VirtualMicroscope
 from models.simulation.phantom import build_phantom, parse_phantom
 from models.simulation.settings import SessionSettings
@@ -19,7 +20,6 @@ from models.simulation.structure import (
     density_from_atoms,
     read_density_map,
     read_structure,
-    resample_volume,
     scale_map_to_potential,
 )
 
@@ -51,7 +51,7 @@ def specimen_volume(text: str, pixel_size_angstrom: float) -> tuple[Float[Tensor
         volume = scale_map_to_potential(volume)
         diameter = _map_diameter(volume, map_pixel)
         box = particle_box_px(diameter, pixel_size_angstrom)
-        return _mask_sphere(resample_volume(volume, map_pixel, box, pixel_size_angstrom)), diameter
+        return _mask_sphere(resample_volume(volume, map_pixel, pixel_size_angstrom, box)), diameter
     structure = load_structure(text)
     diameter = 2.0 * structure.radius_angstrom + 4.0
     box = particle_box_px(diameter, pixel_size_angstrom)

@@ -203,25 +203,6 @@ def scale_map_to_potential(
     return (volume - level) * (contrast_v / (volume[is_protein].mean() - level))
 
 
-def resample_volume(
-    volume: Float[Tensor, "d d d"], pixel_size_angstrom: float, box_px: int, new_pixel_size_angstrom: float
-) -> Float[Tensor, "e e e"]:
-    """Resample a cube to another pixel size and box with trilinear interpolation after an anti-alias filter."""
-    size = int(volume.shape[0])
-    if new_pixel_size_angstrom > pixel_size_angstrom:
-        k2 = _squared_frequencies(size, pixel_size_angstrom)
-        keep = (k2 < (0.5 / new_pixel_size_angstrom) ** 2).float()
-        volume = centred_irfft3(centred_rfft3(volume) * keep, size)
-    ratio = new_pixel_size_angstrom / pixel_size_angstrom
-    line = (torch.arange(box_px, dtype=torch.float32) - box_px // 2) * ratio + size // 2
-    z, y, x = torch.meshgrid(line, line, line, indexing="ij")
-    grid = torch.stack((x, y, z), dim=-1) * (2.0 / (size - 1)) - 1.0
-    sampled = torch.nn.functional.grid_sample(
-        volume[None, None], grid[None], mode="bilinear", padding_mode="zeros", align_corners=True
-    )
-    return sampled[0, 0]
-
-
 def _squared_frequencies(box_px: int, pixel_size_angstrom: float) -> Float[Tensor, "d d dr"]:
     full: Tensor = torch.fft.fftfreq(box_px, pixel_size_angstrom).square()
     half: Tensor = torch.fft.rfftfreq(box_px, pixel_size_angstrom).square()

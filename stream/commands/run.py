@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import logging
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -26,7 +29,7 @@ def register(app: typer.Typer) -> None:
         help="Process what is in a folder and end when everything has an outcome.\n\n"
         "Example: icestream reprocess --particles particles.star --out again --pixel-size-angstrom 3.54 "
         "--voltage-kv 200 --cs-mm 1.4 --symmetry D2",
-    )(reprocess)
+    )(with_defaults(run, until_idle=True, metrics_port=-1))
 
 
 def run(
@@ -77,52 +80,17 @@ def run(
     run_settings(o.build_settings(options), until_idle=until_idle, in_process=in_process, as_json=as_json)
 
 
-def reprocess(
-    session: o.SessionFile = None,
-    movies: o.Movies = None,
-    micrographs: o.Micrographs = None,
-    particles: o.Particles = None,
-    out: o.Out = None,
-    pixel_size_angstrom: o.PixelSizeOption = None,
-    voltage_kv: o.VoltageOption = None,
-    cs_mm: o.CsOption = None,
-    amplitude_contrast: o.ContrastOption = 0.1,
-    dose_e_per_angstrom2: o.DoseOption = None,
-    gain: o.GainOption = None,
-    particle_diameter_angstrom: o.DiameterOption = None,
-    symmetry: o.SymmetryOption = None,
-    model: o.ModelOption = None,
-    ray_address: o.RayAddressOption = None,
-    metrics_port: o.PortOption = -1,
-    assignments: o.SetOption = None,
-    in_process: Annotated[
-        bool, typer.Option("--in-process", help="No Ray: one thing after the other, for debugging.")
-    ] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Run the same stages on what is there, then end."""
-    run(
-        session,
-        movies,
-        micrographs,
-        particles,
-        out,
-        pixel_size_angstrom,
-        voltage_kv,
-        cs_mm,
-        amplitude_contrast,
-        dose_e_per_angstrom2,
-        gain,
-        particle_diameter_angstrom,
-        symmetry,
-        model,
-        ray_address,
-        metrics_port,
-        assignments,
-        until_idle=True,
-        in_process=in_process,
-        as_json=as_json,
-    )
+def with_defaults(command: Callable[..., None], **defaults: object) -> Callable[..., None]:
+    """Return the same command with other defaults, for a second name with the same options."""
+    signature = inspect.signature(command, eval_str=True)
+    changed = [p.replace(default=defaults.get(p.name, p.default)) for p in signature.parameters.values()]
+
+    @functools.wraps(command)
+    def renamed(**given: object) -> None:
+        command(**given)
+
+    renamed.__signature__ = signature.replace(parameters=changed)  # type: ignore[attr-defined]
+    return renamed
 
 
 def run_settings(settings: SessionSettings, *, until_idle: bool, in_process: bool, as_json: bool) -> None:

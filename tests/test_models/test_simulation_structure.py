@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from models.fourier.transforms import centred_rfft3
+from models.fourier.volumes import resample_volume
 from models.simulation.structure import (
     ICE_MEAN_POTENTIAL_V,
     POTENTIAL_PER_SCATTERING_V_ANGSTROM2,
@@ -22,7 +23,6 @@ from models.simulation.structure import (
     form_factor,
     read_density_map,
     read_structure,
-    resample_volume,
     scale_map_to_potential,
 )
 
@@ -148,7 +148,7 @@ def test_map_input_is_resampled_and_scaled_to_volts(tmp_path):
     assert pixel == pytest.approx(2.0)
     scaled = scale_map_to_potential(volume)
     assert float(scaled.median()) == pytest.approx(0.0, abs=1e-3)
-    finer = resample_volume(scaled, 2.0, 64, 1.0)
+    finer = resample_volume(scaled, 2.0, 1.0, 64)
     assert float(finer.sum()) == pytest.approx(8.0 * float(scaled.sum()), rel=0.02)
     peak = int(scaled.argmax())
     z, y, x = peak // 1024, peak // 32 % 32, peak % 32
