@@ -11,12 +11,11 @@ import shutil
 import time
 from pathlib import Path
 
-from stream.sinks.exporter import write_run_input
-
 from actors.engines.base import Engine, EngineInput, EngineOutput, EngineSettings
 from stream.records.commands import StartRun
 from stream.records.errors import ConfigurationError
 from stream.records.values import RunId, RunResult
+from stream.sinks.exporter import write_run_input
 from stream.store.layout import OutputLayout
 
 log = logging.getLogger(__name__)

@@ -37,7 +37,9 @@ def centred_rfft2(image: Float[Tensor, "*b h w"]) -> Complex[Tensor, "*b h wr"]:
     return torch.fft.rfft2(torch.fft.ifftshift(image, dim=(-2, -1)))
 
 
-def centred_irfft2(spectrum: Complex[Tensor, "*b h wr"], shape_yx: tuple[int, int]) -> Float[Tensor, "*b h w"]:
+def centred_irfft2(
+    spectrum: Complex[Tensor, "*b h wr"], shape_yx: tuple[int, int]
+) -> Float[Tensor, "*b h w"]:
     """Invert `centred_rfft2`."""
     return torch.fft.fftshift(torch.fft.irfft2(spectrum, s=shape_yx), dim=(-2, -1))
 
@@ -72,7 +74,9 @@ def crop_rfft2(
     return out * ((h2 * w2) / (h * w))
 
 
-def fourier_resize(image: Float[Tensor, "*b h w"], new_shape_yx: tuple[int, int]) -> Float[Tensor, "*b h2 w2"]:
+def fourier_resize(
+    image: Float[Tensor, "*b h w"], new_shape_yx: tuple[int, int]
+) -> Float[Tensor, "*b h2 w2"]:
     """Resample an image by Fourier cropping or padding; its grey values keep their mean."""
     shape_yx = (int(image.shape[-2]), int(image.shape[-1]))
     if shape_yx == new_shape_yx:
@@ -80,9 +84,7 @@ def fourier_resize(image: Float[Tensor, "*b h w"], new_shape_yx: tuple[int, int]
     return torch.fft.irfft2(crop_rfft2(torch.fft.rfft2(image), shape_yx, new_shape_yx), s=new_shape_yx)
 
 
-def shift_phases(
-    shape_yx: tuple[int, int], shift_yx_px: Float[Tensor, "*b 2"]
-) -> Complex[Tensor, "*b h wr"]:
+def shift_phases(shape_yx: tuple[int, int], shift_yx_px: Float[Tensor, "*b 2"]) -> Complex[Tensor, "*b h wr"]:
     """Return factors that move an image by `shift_yx_px` (content goes towards larger y, x) on multiplication."""
     height, width = shape_yx
     fy = torch.fft.fftfreq(height, device=shift_yx_px.device)

@@ -204,10 +204,10 @@ class _Patches:
             field = self.evaluate(coefficients)
             prior = 0.5 * field.square().sum(dim=-1).mean() / self._prior_px**2
             loss = prior - (strength * self.score(windows[used], field[used])).sum()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             return loss
 
-        optimiser.step(closure)  # type: ignore[no-untyped-call]
+        optimiser.step(closure)
         return coefficients.detach()
 
     def peaks(self, windows: Float[Tensor, "patch frame s s"]) -> Float[Tensor, "patch frame 2"]:

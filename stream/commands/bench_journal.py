@@ -64,7 +64,9 @@ def make_events(n_movies: int, n_particles: int = 300) -> Iterator[Event]:
             n_excluded_particles=5,
             box_size_px=256,
             pixel_size_angstrom=0.885,
-            motion=MotionSummary(total_motion_angstrom=12.0, early_motion_angstrom=5.0, late_motion_angstrom=7.0),
+            motion=MotionSummary(
+                total_motion_angstrom=12.0, early_motion_angstrom=5.0, late_motion_angstrom=7.0
+            ),
             ctf=CtfFit(
                 defocus_u_angstrom=11000.0,
                 defocus_v_angstrom=10800.0,
@@ -149,7 +151,9 @@ def _replay_in_child(path: Path, n_movies: int) -> dict[str, Any]:
         "import json, sys; from pathlib import Path; from stream.commands.bench_journal import replay; "
         "print(json.dumps(replay(Path(sys.argv[1]))))"
     )
-    done = subprocess.run([sys.executable, "-c", program, str(path)], check=True, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(path)], check=True, capture_output=True, text=True
+    )
     report: dict[str, Any] = json.loads(done.stdout)
     if report["n_movies"] != n_movies:
         msg = f"replay: {report['n_movies']} movies, rule: all {n_movies} come back"

@@ -29,7 +29,9 @@ def reconstruct(
     out: Annotated[Path, typer.Option("--out", help="Folder for map, half maps, FSC, poses and pictures.")],
     engine: Annotated[str, typer.Option(help="Engine.")] = "embedded",
     symmetry: Annotated[str, typer.Option(help="Point group: C1, Cn, Dn, T, O or I.")] = "C1",
-    initial: Annotated[Path | None, typer.Option(help="Start from this map (MRC) instead of from nothing.")] = None,
+    initial: Annotated[
+        Path | None, typer.Option(help="Start from this map (MRC) instead of from nothing.")
+    ] = None,
     poses: Annotated[Path | None, typer.Option(help="Poses of an earlier run (with --initial).")] = None,
     mask_diameter: Annotated[
         float | None, typer.Option("--mask-diameter-angstrom", help="Diameter of the spherical mask in Å.")
@@ -37,11 +39,15 @@ def reconstruct(
     root: Annotated[
         Path | None, typer.Option(help="Folder that image paths are relative to; the file's own by default.")
     ] = None,
-    n_starts: Annotated[int, typer.Option("--starts", min=1, help="Independent starts of the initial model.")] = 4,
+    n_starts: Annotated[
+        int, typer.Option("--starts", min=1, help="Independent starts of the initial model.")
+    ] = 4,
     effort: Annotated[str, typer.Option(help="quick, normal or thorough.")] = "normal",
     threads: Annotated[int, typer.Option(min=1, help="Threads; starts and halves run side by side.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of every draw.")] = 0,
-    max_box: Annotated[int, typer.Option("--max-box-px", min=24, help="Larger images are reduced to this.")] = 96,
+    max_box: Annotated[
+        int, typer.Option("--max-box-px", min=24, help="Larger images are reduced to this.")
+    ] = 96,
     as_json: AsJson = False,
 ) -> None:
     """Run the engine from particles to diagnostics and print the result."""

@@ -49,18 +49,29 @@ def test_the_written_session_has_every_default_and_reads_back_equal(tmp_path: Pa
 @pytest.mark.parametrize(
     ("document", "words"),
     [
-        (changed(acquisition={"pixel_size_angstrom": 0.0885}), "acquisition.pixel_size_angstrom.*Å, not nm.*0.0885"),
+        (
+            changed(acquisition={"pixel_size_angstrom": 0.0885}),
+            "acquisition.pixel_size_angstrom.*Å, not nm.*0.0885",
+        ),
         (changed(microscope={"voltage_kv": 300000}), "microscope.voltage_kv.*volts.*300000"),
         (changed(microscope={"amplitude_contrast": 10}), "amplitude_contrast.*not per cent.*10"),
-        (changed(acquisition={"pixel_size_nm": 0.0885}), "unknown key acquisition.pixel_size_nm, did you mean pixel_size"),
+        (
+            changed(acquisition={"pixel_size_nm": 0.0885}),
+            "unknown key acquisition.pixel_size_nm, did you mean pixel_size",
+        ),
         (changed(engin={"name": "embedded"}), "unknown key engin, did you mean engine"),
         (changed(micrographs="m"), "exactly one of movies, micrographs, particles.*movies, micrographs"),
         (changed(engine={"symmetry": "X4"}), "engine.symmetry.*X4"),
-        (changed(policy={"first_run_particles": 100, "final_run_min_particles": 500}), "final_run_min_particles is at most"),
+        (
+            changed(policy={"first_run_particles": 100, "final_run_min_particles": 500}),
+            "final_run_min_particles is at most",
+        ),
         ({k: v for k, v in GOOD.items() if k != "microscope"}, "microscope is missing"),
     ],
 )
-def test_a_fault_names_the_key_the_value_and_the_rule(tmp_path: Path, document: dict[str, Any], words: str) -> None:
+def test_a_fault_names_the_key_the_value_and_the_rule(
+    tmp_path: Path, document: dict[str, Any], words: str
+) -> None:
     with pytest.raises(ConfigurationError, match=words) as caught:
         load_settings(write(tmp_path, document))
     assert str(tmp_path / "session.yaml") in str(caught.value)

@@ -64,9 +64,9 @@ def test_events_come_back_equal_and_in_order(tmp_path: Path) -> None:
 
 
 def test_a_second_service_on_the_same_folder_is_refused_with_the_holder_named(tmp_path: Path) -> None:
-    with Journal(tmp_path / "journal.sqlite"):
-        with pytest.raises(ConfigurationError, match=f"one service at a time.*pid {os.getpid()}"):
-            Journal(tmp_path / "journal.sqlite")
+    rule = f"one service at a time.*pid {os.getpid()}"
+    with Journal(tmp_path / "journal.sqlite"), pytest.raises(ConfigurationError, match=rule):
+        Journal(tmp_path / "journal.sqlite")
     Journal(tmp_path / "journal.sqlite").close()
 
 
@@ -127,5 +127,5 @@ def test_an_event_of_another_version_stops_the_replay(tmp_path: Path) -> None:
         journal.append(EVENTS)
         journal._connection.execute("UPDATE events SET kind = 'Unheard' WHERE seq = 2")
         journal._connection.commit()
-        with pytest.raises(InvariantError, match="event 2.*Unheard"):
+        with pytest.raises(InvariantError, match=r"event 2.*Unheard"):
             list(journal.replay())
