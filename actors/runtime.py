@@ -69,9 +69,9 @@ class _Worker:
         os.nice(niceness)
         self._handler = makers[kind](spec)
 
-    def health(self) -> bool:
-        """Answer that the actor is up."""
-        return True
+    def health(self) -> int:
+        """Answer with the process id: the actor is up."""
+        return os.getpid()
 
     def process(self, command: WorkCommand) -> WorkOutcome:
         """Do one command."""
