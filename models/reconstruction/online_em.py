@@ -49,11 +49,11 @@ class OnlineEmSettings:
     n_iterations: int = 120
     first_batch: int = 200
     last_batch: int = 600
-    first_shell: float = 6.0
+    first_shell: float = 4.0
     last_shell: float = 14.0
     fine_grid_from_shell: float = 7.5
-    final_inverse_temperature: float = 1.0
     initial_sample_fraction: float = 0.011
+    final_sample_fraction: float = 2e-4
     mask_diameter_fraction: float = 0.85
     shift_step_fraction: float = 1.0 / 32.0
     shift_sigma_fraction: float = 3.0 / 64.0
@@ -123,7 +123,6 @@ class OnlineEm:
         self.mask = soft_sphere(self.box_px, settings.mask_diameter_fraction * self.box_px, 0.06 * self.box_px)
         self.iteration = 0
         self.fsc = torch.zeros(self.grid.n_shells)
-        self.first_temperature = 1.0
         self.volume = torch.zeros((self.box_px,) * 3)
         if start is None:
             self.cube = self._starting_cube()
@@ -143,10 +142,12 @@ class OnlineEm:
         ramp = min(1.0, max(0.0, (self._fraction() - 0.1) / 0.6))
         return min(self.max_shell, s.first_shell + (s.last_shell - s.first_shell) * ramp)
 
-    def inverse_temperature(self) -> float:
-        """Return β: geometric from its first value to the final one at half time, untempered afterwards."""
-        ramp = min(1.0, self._fraction() / 0.5)
-        return self.first_temperature ** (1 - ramp) * self.settings.final_inverse_temperature**ramp
+    def target_fraction(self) -> float:
+        """Return the share of poses that should matter: falls geometrically until half time, then 0 (untempered)."""
+        s, ramp = self.settings, self._fraction() / 0.5
+        if ramp >= 1.0:
+            return 0.0
+        return float(s.initial_sample_fraction ** (1 - ramp) * s.final_sample_fraction**ramp)
 
     def batch_size(self) -> int:
         """Return the batch: a fifth to a third of a small set, the settings' sizes for a large one."""
@@ -198,10 +199,8 @@ class OnlineEm:
         batch = self.data.take(self._next_batch()).within(shell)
         slices = extract_slices(self.cube, rotations, batch.plane)
         projections = Projections.of(slices)
-        if self.iteration == 0 and self.settings.n_iterations > 1:
-            self.first_temperature = self._find_temperature(batch, projections, search)
         half = len(batch) // 2
-        beta = self.inverse_temperature()
+        beta = self._find_temperature(batch, projections, search)
         channels = [
             self._slice_sums(batch.take(part), projections, search, beta)
             for part in (torch.arange(half), torch.arange(half, len(batch)))
@@ -225,7 +224,10 @@ class OnlineEm:
         )
 
     def _find_temperature(self, batch: ParticleData, projections: Projections, search: ShiftSearch) -> float:
-        """Return β at which about 1 % of the poses carry an image's posterior (exp of its entropy)."""
+        """Return β ≤ 1 at which the target share of the poses carries an image's posterior (exp of its entropy)."""
+        target = self.target_fraction()
+        if target == 0.0:
+            return 1.0
         few = batch.take(torch.arange(min(40, len(batch))))
         images, weights = weighted_images(few, self.inverse_noise[: len(few.plane)])
         matrix = shifted_matrix(images, few.plane.phases(search.shifts_xy_px))
@@ -237,7 +239,7 @@ class OnlineEm:
             log_p = torch.log_softmax(scores * math.exp(middle), dim=1)
             entropy = -(log_p.exp() * log_p).sum(1)
             fraction = float((entropy - math.log(scores.shape[1])).exp().mean())
-            low, high = (middle, high) if fraction > self.settings.initial_sample_fraction else (low, middle)
+            low, high = (middle, high) if fraction > target else (low, middle)
         return math.exp(0.5 * (low + high))
 
     def _slice_sums(
