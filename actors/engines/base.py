@@ -77,7 +77,7 @@ class EngineOutput:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
 
-class EngineStopped(IcestreamError):
+class EngineStopped(IcestreamError):  # noqa: N818 - it is a request fulfilled, not a fault
     """The caller asked the engine to stop before it was done."""
 
 

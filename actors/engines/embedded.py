@@ -128,7 +128,7 @@ class EmbeddedEngine:
         clock = _Clock()
         group = _group(settings.symmetry)
         particles = load_particles(source.particles_star, source.root, max_box_px=settings.max_box_px)
-        data, notes = particles.data, _exclusion_notes(particles)
+        notes = _exclusion_notes(particles)
         reference = _reference(initial_map, particles, group, notes)
         warm = _warm_poses(warm_start_poses, source.root, particles, notes)
         clock.lap("load")

@@ -107,9 +107,9 @@ def assign_half_sets(micrographs: list[str | None], uids: NDArray[np.uint64] | N
         smaller = 1 if sizes[1] <= sizes[2] else 2
         of_micrograph[name] = smaller
         sizes[smaller] += counts[name]
-    for row, name in enumerate(micrographs):
-        if name is not None:
-            half[row] = of_micrograph[name]
+    for row, micrograph in enumerate(micrographs):
+        if micrograph is not None:
+            half[row] = of_micrograph[micrograph]
         else:
             half[row] = 1 + (int(uids[row]) if uids is not None else row) % 2
     if len(counts) == 1 and None not in micrographs:
@@ -130,7 +130,9 @@ def _half_sets(table: ParticleTable, rows: NDArray[np.int64], source: Path) -> N
     for which in (1, 2):
         n = int((half == which).sum())
         if n < MIN_PARTICLES // 5:
-            raise InputError(source, f"each half set has at least {MIN_PARTICLES // 5} particles", f"half {which}: {n}")
+            raise InputError(
+                source, f"each half set has at least {MIN_PARTICLES // 5} particles", f"half {which}: {n}"
+            )
     return half
 
 

@@ -71,7 +71,9 @@ class BlobPhantom:
             xy = self.centres_xyz @ rotation[:2].T
             angle = xy[:, :1] * plane.kx + xy[:, 1:] * plane.ky
             angle = angle * (-2 * math.pi / self.box_size_px)
-            out.append(torch.complex((envelope * torch.cos(angle)).sum(0), (envelope * torch.sin(angle)).sum(0)))
+            out.append(
+                torch.complex((envelope * torch.cos(angle)).sum(0), (envelope * torch.sin(angle)).sum(0))
+            )
         return torch.stack(out)
 
 

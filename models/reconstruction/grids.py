@@ -32,7 +32,11 @@ def healpix_directions(order: int) -> Float[Tensor, "v 3"]:
         rows.append((phi, z))
     vectors = [
         torch.stack(
-            (math.sqrt(1 - z * z) * torch.cos(phi), math.sqrt(1 - z * z) * torch.sin(phi), torch.full_like(phi, z)),
+            (
+                math.sqrt(1 - z * z) * torch.cos(phi),
+                math.sqrt(1 - z * z) * torch.sin(phi),
+                torch.full_like(phi, z),
+            ),
             dim=-1,
         )
         for phi, z in rows

@@ -66,7 +66,9 @@ def _guinier_b_factor(
     power = shell_sum(spectrum.abs().square(), n).float()
     counts = shell_sum(torch.ones(spectrum.shape), n).float()
     amplitude = torch.sqrt(power / counts.clamp_min(1.0)) * weight
-    is_used = (frequency >= 1 / GUINIER_FROM_ANGSTROM) & (frequency <= 1 / resolution_angstrom) & (amplitude > 0)
+    is_used = (
+        (frequency >= 1 / GUINIER_FROM_ANGSTROM) & (frequency <= 1 / resolution_angstrom) & (amplitude > 0)
+    )
     if int(is_used.sum()) < 4:
         return None
     x, y = frequency[is_used].square(), amplitude[is_used].log()

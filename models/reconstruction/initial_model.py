@@ -76,7 +76,9 @@ def find_initial_model(
     box = data.box_size_px
     if len(group) == 1:
         volume = cube_to_volume(results[order[0]].cube, box)
-        return InitialModel(volume=volume, reports=tuple(reports), evidence_spread=spread, symmetry_score=None)
+        return InitialModel(
+            volume=volume, reports=tuple(reports), evidence_spread=spread, symmetry_score=None
+        )
     polished, more, score = _impose(
         data, settings, group, [results[i] for i in order], seed=seed, n_threads=n_threads,
         on_progress=on_progress,

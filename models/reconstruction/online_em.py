@@ -120,7 +120,9 @@ class OnlineEm:
         self.queue = torch.empty(0, dtype=torch.long)
         self.sums = self.grid.zeros(6)
         self.coarse, self.fine = so3_grid(1), so3_grid(2)
-        self.mask = soft_sphere(self.box_px, settings.mask_diameter_fraction * self.box_px, 0.06 * self.box_px)
+        self.mask = soft_sphere(
+            self.box_px, settings.mask_diameter_fraction * self.box_px, 0.06 * self.box_px
+        )
         self.iteration = 0
         self.fsc = torch.zeros(self.grid.n_shells)
         self.volume = torch.zeros((self.box_px,) * 3)

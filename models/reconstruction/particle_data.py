@@ -100,7 +100,11 @@ class ParticleData:
 
 
 def particle_data(
-    images: Float[Tensor, "b n n"], pixel_size_angstrom: float, ctf: CtfParameters | None, *, max_shell: int | None = None
+    images: Float[Tensor, "b n n"],
+    pixel_size_angstrom: float,
+    ctf: CtfParameters | None,
+    *,
+    max_shell: int | None = None,
 ) -> ParticleData:
     """Transform images and evaluate their CTF; `ctf=None` means images without a CTF (all ones)."""
     n = int(images.shape[-1])

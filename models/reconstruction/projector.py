@@ -45,9 +45,7 @@ class HalfPlane:
             msg = f"box_size_px, max_shell: {box_size_px}, {max_shell}, the box is even and the radius below its half"
             raise ValueError(msg)
         extent = int(max_shell)
-        ky, kx = torch.meshgrid(
-            torch.arange(-extent, extent + 1), torch.arange(0, extent + 1), indexing="ij"
-        )
+        ky, kx = torch.meshgrid(torch.arange(-extent, extent + 1), torch.arange(0, extent + 1), indexing="ij")
         radius = torch.sqrt((kx.square() + ky.square()).float())
         is_independent = (radius <= max_shell) & ((kx > 0) | (ky >= 0))
         kx, ky, radius = kx[is_independent], ky[is_independent], radius[is_independent]
@@ -138,9 +136,7 @@ def samples_to_volume(
     return padded[low : low + n, low : low + n, low : low + n]
 
 
-def slice_points(
-    rotations: Float[Tensor, "j 3 3"], plane: HalfPlane
-) -> Float[Tensor, "j k 3"]:
+def slice_points(rotations: Float[Tensor, "j 3 3"], plane: HalfPlane) -> Float[Tensor, "j k 3"]:
     """Return the frequencies Rᵀ(kx, ky, 0) as (x, y, z) in cycles per box."""
     return plane.kx[:, None] * rotations[:, None, 0, :] + plane.ky[:, None] * rotations[:, None, 1, :]
 
@@ -175,7 +171,13 @@ def insert_slices(
     for part, channels in zip(rotations.split(step), values.split(step, dim=1), strict=True):
         grid = slice_points(part, plane)[None, None] * (PADDING / h)
         gradient, _ = torch.ops.aten.grid_sampler_3d_backward(
-            channels[None, :, None].contiguous(), accumulator[None], grid, 0, 0, True, [True, False]
+            channels[None, :, None].contiguous(),
+            accumulator[None],
+            grid,
+            0,
+            0,
+            True,
+            [True, False],  # noqa: FBT003 - aten takes no keywords
         )
         total = total + gradient[0]
     return total
@@ -191,7 +193,5 @@ def symmetrise_friedel(accumulator: Float[Tensor, "3 d d d"]) -> Float[Tensor, "
 def cube_shells(half_side: int, padding: int = PADDING) -> tuple[Tensor, Tensor]:
     """Return (shell, radius) of every sample of a cube: round(|k|) and |k| in cycles per unpadded box."""
     x = torch.arange(-half_side, half_side + 1).float() / padding
-    radius = torch.sqrt(
-        x[:, None, None].square() + x[None, :, None].square() + x[None, None, :].square()
-    )
+    radius = torch.sqrt(x[:, None, None].square() + x[None, :, None].square() + x[None, None, :].square())
     return radius.round().long(), radius

@@ -88,7 +88,9 @@ class WarmPoses:
 class _Half:
     """One half set: images, poses, noise and map. Nothing in here is shared with the other half."""
 
-    def __init__(self, data: ParticleData, volume: Tensor, warm: WarmPoses | None, grid: ReconstructionGrid) -> None:
+    def __init__(
+        self, data: ParticleData, volume: Tensor, warm: WarmPoses | None, grid: ReconstructionGrid
+    ) -> None:
         n = len(data)
         self.data, self.grid = data, grid
         self.noise = data.mean_power().clamp_min(1e-20)
@@ -230,7 +232,9 @@ class Refinement:
         s, box = self.settings, self.data.box_size_px
         coarse_shell = min(self.shell, s.global_max_shell)
         rotations = asymmetric_unit(so3_grid(s.grid_order) @ turn, self.group)
-        search = ShiftSearch.gaussian(shift_grid(2, s.shift_step_fraction * box), s.shift_sigma_fraction * box)
+        search = ShiftSearch.gaussian(
+            shift_grid(2, s.shift_step_fraction * box), s.shift_sigma_fraction * box
+        )
         data = half.data.take(index)
         near = data.within(coarse_shell)
         noise = half.inverse_noise()
@@ -259,7 +263,9 @@ class Refinement:
         levels = [
             LocalLevel(step_deg / 2**i, step_px / 2**i, 1, self._shell_for(step_deg / 2**i)) for i in range(4)
         ]
-        levels = [level for i, level in enumerate(levels) if i == 0 or self._needs_step_below(level.step_deg * 2)]
+        levels = [
+            level for i, level in enumerate(levels) if i == 0 or self._needs_step_below(level.step_deg * 2)
+        ]
         return search_locally(
             half.data.take(index), half.cube, half.inverse_noise(), start, levels,
             shift_sigma_px=s.shift_sigma_fraction * box, check=self.check,
@@ -298,7 +304,11 @@ class Refinement:
         if self.iteration < 1:
             return self.sphere
         wide = mask_from_map(
-            volume, self.data.pixel_size_angstrom, lowpass_angstrom=20.0, dilate_angstrom=15.0, soft_angstrom=12.0
+            volume,
+            self.data.pixel_size_angstrom,
+            lowpass_angstrom=20.0,
+            dilate_angstrom=15.0,
+            soft_angstrom=12.0,
         )
         return wide * self.sphere
 

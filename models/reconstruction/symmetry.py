@@ -54,7 +54,9 @@ class _SymmetryScore:
         z, y, x = torch.meshgrid(axis, axis, axis, indexing="ij")
         k = torch.stack((x, y, z), dim=-1).reshape(-1, 3)
         radius = k.norm(dim=1)
-        is_used = (radius <= max_shell) & (radius >= 1.0) & ((k[:, 2] > 0) | ((k[:, 2] == 0) & (k[:, 1] >= 0)))
+        is_used = (
+            (radius <= max_shell) & (radius >= 1.0) & ((k[:, 2] > 0) | ((k[:, 2] == 0) & (k[:, 1] >= 0)))
+        )
         self.k, self.shell = k[is_used], radius[is_used].round().long()
         self.cube, self.group, self.box_px = cube, group, box_px
 
@@ -79,7 +81,11 @@ class _SymmetryScore:
 
 
 def impose_symmetry(
-    volume: Float[Tensor, "n n n"], group: Float[Tensor, "g 3 3"], *, max_shell: float, coarse_shell: float = 6.0
+    volume: Float[Tensor, "n n n"],
+    group: Float[Tensor, "g 3 3"],
+    *,
+    max_shell: float,
+    coarse_shell: float = 6.0,
 ) -> SymmetryFit:
     """Return the best frame of `find_frames`: the map snapped to the group's axes, and symmetrised."""
     return find_frames(volume, group, max_shell=max_shell, coarse_shell=coarse_shell, n_best=1)[0]
@@ -151,7 +157,7 @@ def _ascend(
             group["lr"] = 0.03 * (1 - step / n_steps) + 0.001
         optimiser.zero_grad()
         value = scorer.score(rotation_vector_to_matrix(vector) @ rotation, offset + unit * moved)
-        (-value).backward()  # type: ignore[no-untyped-call]
+        (-value).backward()
         optimiser.step()
     with torch.no_grad():
         turned = rotation_vector_to_matrix(vector) @ rotation
@@ -168,7 +174,12 @@ def _snap(volume: Tensor, group: Tensor, rotation: Tensor, offset: Tensor, score
     grid = ReconstructionGrid(top_shell)
     fsc = correlate_shells(volume_to_cube(aligned, top_shell), volume_to_cube(symmetrised, top_shell), grid)
     return SymmetryFit(
-        aligned=aligned, symmetrised=symmetrised, rotation=rotation, offset_xyz_px=offset, score=score, fsc=fsc
+        aligned=aligned,
+        symmetrised=symmetrised,
+        rotation=rotation,
+        offset_xyz_px=offset,
+        score=score,
+        fsc=fsc,
     )
 
 

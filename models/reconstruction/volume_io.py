@@ -39,7 +39,10 @@ def read_volume(path: Path) -> tuple[Float[Tensor, "n n n"], float]:
 
 
 def resample_volume(
-    volume: Float[Tensor, "n n n"], pixel_size_angstrom: float, box_size_px: int, new_pixel_size_angstrom: float
+    volume: Float[Tensor, "n n n"],
+    pixel_size_angstrom: float,
+    box_size_px: int,
+    new_pixel_size_angstrom: float,
 ) -> Float[Tensor, "m m m"]:
     """Return the map on another grid about the same centre: padded, Fourier-cropped, cut or padded to the box."""
     n = int(volume.shape[-1])
