@@ -167,17 +167,12 @@ def insert_slices(
     """Return the accumulator plus the adjoint of `read_cube` applied to `values`."""
     h = (accumulator.shape[-1] - 1) // 2
     step = max(1, MAX_POINTS // max(1, len(plane)))
-    total = accumulator
+    total, align_corners = accumulator, True
     for part, channels in zip(rotations.split(step), values.split(step, dim=1), strict=True):
         grid = slice_points(part, plane)[None, None] * (PADDING / h)
+        wanted = [True, False]  # the gradient by the cube, not by the points
         gradient, _ = torch.ops.aten.grid_sampler_3d_backward(
-            channels[None, :, None].contiguous(),
-            accumulator[None],
-            grid,
-            0,
-            0,
-            True,
-            [True, False],  # noqa: FBT003 - aten takes no keywords
+            channels[None, :, None].contiguous(), accumulator[None], grid, 0, 0, align_corners, wanted
         )
         total = total + gradient[0]
     return total
