@@ -34,11 +34,9 @@ def load_timm() -> ModuleType:
 
 
 def _declare_missing_operators() -> None:
-    library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
+    library = torch.library.Library("torchvision", "FRAGMENT")
     for operator in ("nms", "qnms"):
-        library.define(  # type: ignore[no-untyped-call]
-            f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-        )
+        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _kept_alive.append(library)  # the schemas vanish with the library
     for name in [name for name in sys.modules if name.split(".")[0] in {"torchvision", "timm"}]:
         del sys.modules[name]

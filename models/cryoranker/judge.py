@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ class Judgement:
     """Figures of one ranker at one SNR on structures it was not trained on."""
 
     snr: float
+    box_size_px: int
     ranker: ScoreQuality
     baseline: ScoreQuality
     auc_by_structure: dict[str, float]
@@ -41,25 +43,26 @@ class Judgement:
 
 
 def held_out_set(
-    ranker: OnnxRanker, models: list[Path], snr: float, cache: Path, *, n_processes: int = 1
+    ranker: OnnxRanker, models: list[Path], snr: float, box_size_px: int, cache: Path, *, n_processes: int = 1
 ) -> tuple[SimulatedSet, LabelledParticles]:
     """Return the set that a ranker is judged on: atomic models and phantoms never trained on."""
     spec = SimulatedSet(
         structures=(*(str(path) for path in models), *phantom_names(HELD_OUT_SEEDS)),
         seed=77,
-        fields_per_structure=14,
+        fields_per_structure=8,
         input_size_px=ranker.info.input_size_px,
         resize_mode=ranker.info.resize_mode,
         snr=snr,
+        box_size_px=box_size_px,
     )
     return spec, simulate_set_cached(spec, cache, n_processes=n_processes)
 
 
 def judge(
-    ranker: OnnxRanker, models: list[Path], snr: float, cache: Path, *, n_processes: int = 1
+    ranker: OnnxRanker, models: list[Path], snr: float, box_size_px: int, cache: Path, *, n_processes: int = 1
 ) -> Judgement:
-    """Return a ranker's and the baseline's figures at one SNR."""
-    spec, particles = held_out_set(ranker, models, snr, cache, n_processes=n_processes)
+    """Return a ranker's and the baseline's figures at one SNR and box size."""
+    spec, particles = held_out_set(ranker, models, snr, box_size_px, cache, n_processes=n_processes)
     prepared = normalise_grey_levels(particles.grey, ranker.info.mean, ranker.info.std)
     scores = np.concatenate(
         [ranker.score_prepared(prepared[i : i + 64])[0] for i in range(0, len(prepared), 64)]
@@ -74,6 +77,7 @@ def judge(
     training = simulate_set_cached(baseline_spec, cache, n_processes=n_processes)
     return Judgement(
         snr=snr,
+        box_size_px=box_size_px,
         ranker=score_quality(scores, particles.labels),
         baseline=score_quality(baseline_scores(training, particles.grey), particles.labels),
         auc_by_structure={
@@ -161,14 +165,15 @@ def main() -> None:
     parser.add_argument("--models", type=Path, required=True, help="folder of PDB/mmCIF files")
     parser.add_argument("--particles", type=Path, help="folder of real .mrcs stacks")
     parser.add_argument("--snr", type=float, nargs="+", default=[0.05])
+    parser.add_argument("--box", type=int, nargs="+", default=[64, 128], help="box sizes in px")
     parser.add_argument("--cache", type=Path, default=Path("~/.cache/icestream/ranker"))
     parser.add_argument("--processes", type=int, default=1)
     given = parser.parse_args()
     ranker = OnnxRanker(given.model)
     models = sorted(p for p in given.models.iterdir() if p.name.split(".")[1] in ("pdb", "cif"))
     document: dict[str, Any] = {"model": str(given.model), "model_hash": ranker.model_hash, "judgements": []}
-    for snr in given.snr:
-        found = judge(ranker, models, snr, given.cache.expanduser(), n_processes=given.processes)
+    for snr, box in product(given.snr, given.box):
+        found = judge(ranker, models, snr, box, given.cache.expanduser(), n_processes=given.processes)
         document["judgements"].append(asdict(found))
     if given.particles is not None:
         document["real"] = summary(score_star_stacks(ranker, given.particles))

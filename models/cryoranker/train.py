@@ -298,7 +298,7 @@ def _step(
     _, logits = model(images)
     loss = ranking_loss(model.score(logits), labels, margin=config.margin, alpha=config.alpha)
     optimiser.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_norm)
     optimiser.step()
     return float(loss.detach())
