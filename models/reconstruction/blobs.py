@@ -124,6 +124,16 @@ def simulate_blob_images(
     return BlobSet(data, poses, origin, ctf)
 
 
+def images_of(data: ParticleData) -> Float[Tensor, "b n n"]:
+    """Return the real-space images of coefficients on a half plane (their mean included)."""
+    n, plane = data.box_size_px, data.plane
+    ky, kx = plane.ky.long(), plane.kx.long()
+    full = torch.zeros((len(data), n, n), dtype=torch.complex64)
+    full[:, (-ky) % n, (-kx) % n] = data.coefficients.conj()
+    full[:, ky % n, kx % n] = data.coefficients
+    return torch.fft.fftshift(torch.fft.ifft2(full).real, dim=(-2, -1))
+
+
 def pose_errors_deg(
     estimated: Float[Tensor, "b 3 3"],
     truth: Float[Tensor, "b 3 3"],

@@ -1,0 +1,215 @@
+"""The embedded engine from files to files: results, fixed halves, warm start, bad input, stopping."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import mrcfile
+import numpy as np
+import pandas as pd
+import pytest
+import starfile
+import torch
+
+from actors.engines.base import EngineInput, EngineProgress, EngineSettings, EngineStopped
+from actors.engines.embedded import EmbeddedEngine
+from actors.engines.particle_images import assign_half_sets, good_size_at_most, load_particles
+from models.reconstruction.blobs import BlobPhantom, images_of, simulate_blob_images
+from models.reconstruction.volume_io import read_volume, resample_volume, write_volume
+from stream.records.errors import ConfigurationError, InputError
+
+N, BOX, PIXEL = 160, 32, 6.0
+SETTINGS = EngineSettings(effort="quick", n_starts=1, seed=1)
+
+
+@pytest.fixture(scope="module")
+def particles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """160 images of a blob phantom on four micrographs, as preprocessing writes them; and the truth's map."""
+    root = tmp_path_factory.mktemp("set")
+    generator = torch.Generator().manual_seed(11)
+    phantom = BlobPhantom.random(BOX, generator, n_blobs=9, sigma_fraction=0.05)
+    images = simulate_blob_images(phantom, N, generator, snr=0.5, pixel_size_angstrom=PIXEL)
+    with mrcfile.new(root / "stack.mrcs") as handle:
+        handle.set_data(images_of(images.data).numpy().astype(np.float32))
+        handle.voxel_size = PIXEL
+    write_volume(root / "truth.mrc", phantom.volume(), PIXEL)
+    optics = pd.DataFrame(
+        {
+            "rlnOpticsGroup": [1],
+            "rlnOpticsGroupName": ["opticsGroup1"],
+            "rlnVoltage": [300.0],
+            "rlnSphericalAberration": [2.7],
+            "rlnAmplitudeContrast": [0.1],
+            "rlnImagePixelSize": [PIXEL],
+            "rlnImageSize": [BOX],
+            "rlnImageDimensionality": [2],
+        }
+    )
+    table = pd.DataFrame(
+        {
+            "rlnImageName": [f"{i + 1:06d}@stack.mrcs" for i in range(N)],
+            "rlnMicrographName": [f"mic{i // 40}.mrc" for i in range(N)],
+            "rlnDefocusU": images.ctf.defocus_u_angstrom.numpy(),
+            "rlnDefocusV": images.ctf.defocus_v_angstrom.numpy(),
+            "rlnDefocusAngle": images.ctf.astigmatism_angle_deg.numpy(),
+            "rlnOpticsGroup": 1,
+            "icestreamUid": [str(1000 + i) for i in range(N)],
+        }
+    )
+    starfile.write({"optics": optics, "particles": table}, root / "particles.star")
+    return root / "particles.star"
+
+
+def _edited(particles: Path, name: str, **columns: object) -> EngineInput:
+    """Write a variant of the table beside it; None drops a column."""
+    blocks = starfile.read(particles, always_dict=True, parse_as_string=["icestreamUid"])
+    table = blocks["particles"]
+    for column, values in columns.items():
+        table = table.drop(columns=column) if values is None else table.assign(**{column: values})
+    target = particles.with_name(name)
+    starfile.write({"optics": blocks["optics"], "particles": table}, target, overwrite=True)
+    return EngineInput(particles_star=target, root=particles.parent)
+
+
+def _source(particles: Path) -> EngineInput:
+    return EngineInput(particles_star=particles, root=particles.parent)
+
+
+def test_a_run_leaves_a_complete_folder_with_fixed_halves_and_a_warm_start_continues_it(
+    particles: Path, tmp_path: Path
+) -> None:
+    engine, steps = EmbeddedEngine(), list[EngineProgress]()
+    half = np.where(np.arange(N) % 3 == 0, 1, 2)
+    source = _edited(particles, "halves.star", rlnRandomSubset=half)
+    first = engine.refine(
+        source, particles.with_name("truth.mrc"), SETTINGS, tmp_path / "a", progress=steps.append
+    )
+    for name in ("map.mrc", "half1.mrc", "half2.mrc", "mask.mrc", "fsc.star", "poses.star",
+                 "orientation.json", "summary.json", "map.png", "fsc.png", "orientation.png"):  # fmt: skip
+        assert (tmp_path / "a" / name).stat().st_size > 0, name
+    assert not list((tmp_path / "a").glob(".tmp-*"))
+    assert first.resolution_angstrom is not None
+    assert first.resolution_angstrom < 26.0
+    assert [step.phase for step in steps] == ["refine"] * len(steps)
+    assert len(steps) >= 3
+    poses = starfile.read(tmp_path / "a" / "poses.star", always_dict=True, parse_as_string=["icestreamUid"])
+    assert poses["particles"]["rlnRandomSubset"].tolist() == half.tolist()
+    assert poses["particles"]["icestreamUid"].tolist() == [str(1000 + i) for i in range(N)]
+    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
+    assert summary["n_particles"] == N
+    again = engine.orientation_diagnostics(tmp_path / "a")
+    assert again["cfar"] == pytest.approx(first.cfar, abs=1e-6)
+    # The old particles keep their poses within a local search; the particles of a new set are matched by uid.
+    second = engine.refine(
+        source, first.map, SETTINGS, tmp_path / "b", warm_start_poses=tmp_path / "a" / "poses.star"
+    )
+    assert second.resolution_angstrom is not None
+    assert second.resolution_angstrom < 1.15 * first.resolution_angstrom
+
+
+def test_an_initial_model_is_written_with_every_start_that_was_tried(particles: Path, tmp_path: Path) -> None:
+    path = EmbeddedEngine().initial_model(_source(particles), SETTINGS, tmp_path)
+    volume, pixel_size = read_volume(path)
+    assert volume.shape == (BOX, BOX, BOX)
+    assert pixel_size == pytest.approx(PIXEL)
+    starts = json.loads((tmp_path / "initial.json").read_text())["starts"]
+    assert len(starts) == 1
+    assert np.isfinite(starts[0]["log_evidence_nats"])
+
+
+def test_a_run_stops_when_asked(particles: Path, tmp_path: Path) -> None:
+    with pytest.raises(EngineStopped):
+        EmbeddedEngine().initial_model(_source(particles), SETTINGS, tmp_path, should_stop=lambda: True)
+    assert not (tmp_path / "initial.mrc").exists()
+
+
+def test_nan_and_constant_particles_are_left_out_and_counted(particles: Path, tmp_path: Path) -> None:
+    with mrcfile.open(particles.with_name("stack.mrcs"), permissive=True) as handle:
+        data = handle.data.copy()
+    data[3, 5, 5], data[7] = np.nan, 1.5
+    with pytest.warns(RuntimeWarning, match="NaN"), mrcfile.new(tmp_path / "stack.mrcs") as handle:
+        handle.set_data(data)
+        handle.voxel_size = PIXEL
+    (tmp_path / "particles.star").write_text(particles.read_text())
+    loaded = load_particles(tmp_path / "particles.star", tmp_path, max_box_px=96)
+    assert loaded.excluded == {"not finite": 1, "constant": 1}
+    assert 3 not in loaded.rows
+    assert 7 not in loaded.rows
+    assert len(loaded.data) == N - 2
+
+
+def test_float16_stacks_are_read(particles: Path, tmp_path: Path) -> None:
+    with mrcfile.open(particles.with_name("stack.mrcs")) as handle:
+        data = handle.data.copy()
+    with mrcfile.new(tmp_path / "stack.mrcs") as handle:
+        handle.set_data(data.astype(np.float16))
+        handle.voxel_size = PIXEL
+    (tmp_path / "particles.star").write_text(particles.read_text())
+    half_precision = load_particles(tmp_path / "particles.star", tmp_path, max_box_px=96).data.coefficients
+    full = load_particles(particles, particles.parent, max_box_px=96).data.coefficients
+    assert float((half_precision - full).norm() / full.norm()) < 1e-3
+
+
+def test_large_boxes_are_reduced_without_moving_or_rescaling_the_signal(particles: Path) -> None:
+    full = load_particles(particles, particles.parent, max_box_px=96).data
+    small = load_particles(particles, particles.parent, max_box_px=26).data
+    assert small.box_size_px == 24
+    assert small.box_angstrom == pytest.approx(full.box_angstrom)
+    n = len(small.plane)
+    scale = (24 / 32) ** 2
+    expected = full.coefficients[:, :n] * scale
+    assert float((small.coefficients - expected).norm() / expected.norm()) < 1e-4
+    assert torch.allclose(small.ctf, full.ctf[:, :n], atol=1e-4)
+
+
+def test_missing_ctf_too_few_particles_and_an_empty_half_are_named(particles: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="rlnDefocusU"):
+        load_particles(
+            _edited(particles, "noctf.star", rlnDefocusU=None).particles_star, particles.parent, max_box_px=96
+        )
+    undefined = np.full(N, np.nan)
+    undefined[:20] = 10000.0
+    with pytest.raises(InputError, match="at least 50 particles"):
+        source = _edited(particles, "few.star", rlnDefocusU=undefined)
+        load_particles(source.particles_star, particles.parent, max_box_px=96)
+    with pytest.raises(InputError, match="half 2: 0"):
+        source = _edited(particles, "onehalf.star", rlnRandomSubset=np.ones(N, dtype=int))
+        load_particles(source.particles_star, particles.parent, max_box_px=96)
+    with pytest.raises(ConfigurationError, match="point group"):
+        EmbeddedEngine().initial_model(_source(particles), EngineSettings(symmetry="Q7"), tmp_path)
+
+
+def test_a_map_with_nan_is_refused(particles: Path, tmp_path: Path) -> None:
+    volume = torch.zeros((8, 8, 8))
+    volume[0, 0, 0] = float("nan")
+    with pytest.warns(RuntimeWarning, match="NaN"):
+        write_volume(tmp_path / "bad.mrc", volume, PIXEL)
+    with pytest.raises(InputError, match="finite"):
+        EmbeddedEngine().refine(_source(particles), tmp_path / "bad.mrc", SETTINGS, tmp_path / "out")
+
+
+def test_half_sets_are_balanced_per_micrograph() -> None:
+    names = ["b"] * 30 + ["a"] * 25 + ["c"] * 5 + ["d"] * 40
+    half = assign_half_sets(list(names), None)
+    for name in set(names):
+        assert len({int(h) for h, n in zip(half, names, strict=True) if n == name}) == 1
+    assert abs(int((half == 1).sum()) - int((half == 2).sum())) <= 40
+    without = assign_half_sets([None] * 10, np.arange(10, 20, dtype=np.uint64))
+    assert without.tolist() == [1, 2] * 5
+
+
+def test_the_working_box_is_even_smooth_and_within_the_bound() -> None:
+    assert good_size_at_most(64, 96) == 64
+    assert good_size_at_most(65, 96) == 64
+    assert good_size_at_most(400, 96) == 96
+    assert good_size_at_most(400, 94) == 90
+
+
+def test_a_map_keeps_its_density_on_another_grid() -> None:
+    phantom = BlobPhantom.random(
+        48, torch.Generator().manual_seed(3), sigma_fraction=0.05, radius_fraction=0.2
+    )
+    coarse = BlobPhantom(32, phantom.centres_xyz / 1.5, phantom.sigmas / 1.5, phantom.weights).volume()
+    moved = resample_volume(phantom.volume(), 2.0, 32, 3.0)
+    assert float((moved - coarse).norm() / coarse.norm()) < 0.02
