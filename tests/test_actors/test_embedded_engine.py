@@ -128,8 +128,9 @@ def test_nan_and_constant_particles_are_left_out_and_counted(particles: Path, tm
     with mrcfile.open(particles.with_name("stack.mrcs"), permissive=True) as handle:
         data = handle.data.copy()
     data[3, 5, 5], data[7] = np.nan, 1.5
-    with pytest.warns(RuntimeWarning, match="NaN"), mrcfile.new(tmp_path / "stack.mrcs") as handle:
-        handle.set_data(data)
+    with mrcfile.new(tmp_path / "stack.mrcs") as handle:
+        with pytest.warns(RuntimeWarning, match="NaN"):
+            handle.set_data(data)
         handle.voxel_size = PIXEL
     (tmp_path / "particles.star").write_text(particles.read_text())
     loaded = load_particles(tmp_path / "particles.star", tmp_path, max_box_px=96)
@@ -170,11 +171,11 @@ def test_missing_ctf_too_few_particles_and_an_empty_half_are_named(particles: Pa
         )
     undefined = np.full(N, np.nan)
     undefined[:20] = 10000.0
+    source = _edited(particles, "few.star", rlnDefocusU=undefined)
     with pytest.raises(InputError, match="at least 50 particles"):
-        source = _edited(particles, "few.star", rlnDefocusU=undefined)
         load_particles(source.particles_star, particles.parent, max_box_px=96)
+    source = _edited(particles, "onehalf.star", rlnRandomSubset=np.ones(N, dtype=int))
     with pytest.raises(InputError, match="half 2: 0"):
-        source = _edited(particles, "onehalf.star", rlnRandomSubset=np.ones(N, dtype=int))
         load_particles(source.particles_star, particles.parent, max_box_px=96)
     with pytest.raises(ConfigurationError, match="point group"):
         EmbeddedEngine().initial_model(_source(particles), EngineSettings(symmetry="Q7"), tmp_path)
