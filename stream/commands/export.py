@@ -86,7 +86,8 @@ def export_checkpoint(
         model = found.model
         if resize is not None:
             model.config = replace(model.config, resize_mode=cast("ResizeMode", resize))
-        check = check_particles(model.config, n=256 if model.config.width < 384 else 16)
+        n_small = 256 if precision is ExportPrecision.INT8 else 48
+        check = check_particles(model.config, n=n_small if model.config.width < 384 else 16)
         report = export_onnx(
             model,
             onnx,
