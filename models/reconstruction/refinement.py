@@ -183,7 +183,8 @@ class Refinement:
     @property
     def is_done(self) -> bool:
         """Whether the schedule has ended, or local search has stopped paying: two iterations without gain."""
-        is_local = self.iteration > self.settings.n_global
+        is_all_known = all(bool(half.is_known.all()) for half in self.halves)
+        is_local = is_all_known or self.iteration > self.settings.n_global
         return self.iteration >= self.n_iterations or (is_local and self.n_unimproved >= 2)
 
     @property
