@@ -1,7 +1,7 @@
 """The Ray runtime: pools of actors, one command in work per preprocessing actor, results as they come.
 
-Policy: only small records travel through Ray; movies and stacks travel by file. A dead actor is restarted by
-Ray and its command answered with a resource failure, so the controller decides whether to try again. A
+Policy: only small records travel through Ray; movies and stacks travel by file. A dead actor is replaced
+and its command answered with a resource failure, so the controller decides whether to try again. A
 command that runs longer than the timeout costs its actor's life. Ray's token authentication is set on both
 sides; a Ray started here listens on the loopback address alone.
 """
@@ -13,7 +13,7 @@ import os
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -64,7 +64,7 @@ class _Worker:
         makers: dict[str, Callable[[WorkerSpec], Any]] = {
             "preprocess": PreprocessHandler,
             "rank": RankHandler,
-            "run": RunHandler,
+            "engine": RunHandler,
         }
         os.nice(niceness)
         self._handler = makers[kind](spec)
@@ -97,28 +97,10 @@ class RayRuntime:
         self._owns_ray = not ray.is_initialized()
         if self._owns_ray:
             _connect(pools)
-        threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        engine_threads = dict.fromkeys(threads, str(pools.engine_threads))
-        cpus = 0.0 if pools.ray_address is None else 1.0
-        self._preprocessors = [
-            _start("preprocess", spec, env=threads, num_cpus=cpus) for _ in range(pools.n_preprocess_workers)
-        ]
-        self._ranker = _start(
-            "rank",
-            spec,
-            env=threads,
-            num_cpus=cpus,
-            num_gpus=pools.ranker_gpus,
-            max_concurrency=pools.n_rank_callers,
-        )
-        self._engine = _start(
-            "run",
-            spec,
-            env=engine_threads,
-            niceness=pools.engine_niceness,
-            num_cpus=cpus * pools.engine_threads,
-            num_gpus=pools.engine_gpus,
-        )
+        self._spec = spec
+        self._preprocessors = [self._start("preprocess") for _ in range(pools.n_preprocess_workers)]
+        self._ranker = self._start("rank")
+        self._engine = self._start("engine")
         self._idle = deque(self._preprocessors)
         self._waiting: deque[Preprocess] = deque()
         self._in_work: dict[Any, _InWork] = {}
@@ -179,7 +161,7 @@ class RayRuntime:
         try:
             outcome: WorkOutcome = ray.get(reference)
         except RayError as error:
-            self._restarts[_pool_of(work.command)] += 1
+            work = self._replace(work)
             text = f"{item_of(work.command)}: its worker died ({type(error).__name__})"
             outcome = Failure(kind=FailureKind.RESOURCE, reason=text)
         self._answer(work, outcome)
@@ -189,6 +171,44 @@ class RayRuntime:
             self._idle.append(work.actor)
         self._answers.append(event_for(work.command, outcome, self._clock()))
 
+    def _replace(self, work: _InWork) -> _InWork:
+        """Put a new actor in the place of one that is dead or has to die; return the work with the new one.
+
+        Ray's own restarts are not used: for a while after a death they refuse calls, and each refusal would
+        cost an item one of its attempts.
+        """
+        pool = _pool_of(work.command)
+        current = {"rank": [self._ranker], "engine": [self._engine]}.get(pool, self._preprocessors)
+        if work.actor not in current:  # replaced already, by another of its commands
+            return work
+        ray.kill(work.actor)
+        self._restarts[pool] += 1
+        fresh = self._start(pool)
+        if pool == "preprocess":
+            self._preprocessors[self._preprocessors.index(work.actor)] = fresh
+        elif pool == "rank":
+            self._ranker = fresh
+        else:
+            self._engine = fresh
+        return replace(work, actor=fresh)
+
+    def _start(self, pool: str) -> Any:  # noqa: ANN401
+        """Start an actor of a pool; calls to it wait until it is up."""
+        pools = self._pools
+        cpus = 0.0 if pools.ray_address is None else 1.0
+        n_threads = pools.engine_threads if pool == "engine" else 1
+        options: dict[str, Any] = {"num_cpus": cpus * n_threads}
+        if pool == "rank":
+            options |= {"max_concurrency": pools.n_rank_callers, "num_gpus": pools.ranker_gpus}
+        elif pool == "engine":
+            options |= {"num_gpus": pools.engine_gpus}
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(n_threads))
+        niceness = pools.engine_niceness if pool == "engine" else 0
+        actor_class = ray.remote(_Worker)
+        return actor_class.options(runtime_env={"env_vars": threads}, **options).remote(
+            pool, self._spec, niceness
+        )
+
     def _kill_overdue(self) -> None:
         limit = self._pools.stage_timeout_s
         now = time.monotonic()
@@ -196,16 +216,14 @@ class RayRuntime:
             if isinstance(work.command, StartRun) or now - work.since < limit:
                 continue
             del self._in_work[reference]
-            ray.kill(work.actor, no_restart=False)
-            self._restarts[_pool_of(work.command)] += 1
             reason = f"{item_of(work.command)}: no outcome within {limit:.0f} s"
-            self._answer(work, Failure(kind=FailureKind.RESOURCE, reason=reason))
+            self._answer(self._replace(work), Failure(kind=FailureKind.RESOURCE, reason=reason))
 
     def _cancel(self, run_id: str) -> None:
         for reference, work in list(self._in_work.items()):
             if isinstance(work.command, StartRun) and work.command.request.run_id == run_id:
                 del self._in_work[reference]
-                ray.kill(self._engine, no_restart=False)
+                self._replace(work)
                 self._answers.append(
                     RunFailed(at=self._clock(), run_id=work.command.request.run_id, reason="cancelled")
                 )
@@ -234,11 +252,3 @@ def _connect(pools: PoolSettings) -> None:
         _node_ip_address="127.0.0.1",
         _metrics_export_port=pools.ray_metrics_port,
     )
-
-
-def _start(kind: str, spec: WorkerSpec, *, env: dict[str, str], niceness: int = 0, **options: Any) -> Any:  # noqa: ANN401
-    actor_class = ray.remote(_Worker)
-    options = {k: v for k, v in options.items() if v}
-    return actor_class.options(
-        max_restarts=-1, runtime_env={"env_vars": env}, name=None, **{"num_cpus": 0, **options}
-    ).remote(kind, spec, niceness)

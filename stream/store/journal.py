@@ -85,7 +85,9 @@ def read_journal(path: Path) -> Iterator[Event]:
         raise ConfigurationError(path, "an output folder holds a journal (start a session there first)")
     connection = sqlite3.connect(path, timeout=30)
     try:
-        yield from _read_events(connection, path)
+        # A service that is just starting has made the file and not yet the table.
+        if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'events'").fetchone():
+            yield from _read_events(connection, path)
     except sqlite3.DatabaseError as error:
         raise ConfigurationError(path, f"the journal must be a readable SQLite file: {error}") from error
     finally:

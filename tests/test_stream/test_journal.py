@@ -129,3 +129,8 @@ def test_an_event_of_another_version_stops_the_replay(tmp_path: Path) -> None:
         journal._connection.commit()
         with pytest.raises(InvariantError, match=r"event 2.*Unheard"):
             list(journal.replay())
+
+
+def test_a_journal_that_is_just_being_made_has_no_events_yet(tmp_path: Path) -> None:
+    (tmp_path / "journal.sqlite").touch()
+    assert list(read_journal(tmp_path / "journal.sqlite")) == []
