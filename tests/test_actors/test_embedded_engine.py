@@ -12,6 +12,7 @@ import pytest
 import starfile
 import torch
 
+from actors.engines import embedded
 from actors.engines.base import EngineInput, EngineProgress, EngineSettings, EngineStopped
 from actors.engines.embedded import EmbeddedEngine
 from actors.engines.particle_images import assign_half_sets, good_size_at_most, load_particles
@@ -108,7 +109,11 @@ def test_a_run_leaves_a_complete_folder_with_fixed_halves_and_a_warm_start_conti
     assert second.resolution_angstrom < 1.15 * first.resolution_angstrom
 
 
-def test_an_initial_model_is_written_with_every_start_that_was_tried(particles: Path, tmp_path: Path) -> None:
+def test_an_initial_model_is_written_with_every_start_that_was_tried(
+    particles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What the search finds is tested with the models; here a few iterations are enough.
+    monkeypatch.setitem(embedded._EFFORT, "quick", (6, 60))
     path = EmbeddedEngine().initial_model(_source(particles), SETTINGS, tmp_path)
     volume, pixel_size = read_volume(path)
     assert volume.shape == (BOX, BOX, BOX)

