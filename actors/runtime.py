@@ -244,6 +244,7 @@ def _connect(pools: PoolSettings) -> None:
         ray.init(address=pools.ray_address, logging_level=logging.WARNING, namespace="icestream")
         return
     ray.init(
+        address="local",  # without it Ray joins whatever cluster it finds on this machine
         num_cpus=pools.n_preprocess_workers + 2,
         include_dashboard=False,
         object_store_memory=pools.object_store_bytes,

@@ -106,7 +106,7 @@ class EngineChoice(_Section):
     symmetry: Annotated[str, Field(pattern=r"^(C[1-9]\d?|D[2-9]\d?|T|O|I)$")] = "C1"
     mask_diameter_angstrom: Length | None = None
     n_threads: Annotated[int, Field(ge=1, le=256)] | None = None
-    n_starts: Annotated[int, Field(ge=1, le=20)] = 2
+    n_starts: Annotated[int, Field(ge=1, le=20)] = 4
     effort: Literal["quick", "normal", "thorough"] = "normal"
     max_box_px: Annotated[int, Field(ge=32, le=512)] = 96
     seed: int = 0

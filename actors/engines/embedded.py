@@ -30,6 +30,7 @@ from actors.engines.particle_images import LoadedParticles, load_particles
 from actors.engines.run_folder import RunFolder, RunSummary, measure_orientation
 from models.fourier.point_groups import symmetry_matrices
 from models.fourier.rotations import euler_to_matrix
+from models.fourier.volumes import resample_volume
 from models.reconstruction.fsc import masked_fsc
 from models.reconstruction.halfmaps import combine_halves
 from models.reconstruction.initial_model import InitialModel, find_initial_model
@@ -43,7 +44,7 @@ from models.reconstruction.refinement import (
     WarmPoses,
 )
 from models.reconstruction.symmetry import impose_symmetry, symmetry_score
-from models.reconstruction.volume_io import read_volume, resample_volume, write_volume
+from models.reconstruction.volume_io import read_volume, write_volume
 from stream.ingest.particle_sets import read_particle_table
 from stream.records.errors import ConfigurationError, InputError
 from stream.store.files import replacing
@@ -223,7 +224,7 @@ def _reference(initial_map: Path, particles: LoadedParticles, group: Tensor, not
         volume, pixel_size = read_volume(initial_map)
     except ValueError as error:
         raise InputError(initial_map, "the initial map is a finite cubic MRC map", error) from error
-    volume = resample_volume(volume, pixel_size, data.box_size_px, data.pixel_size_angstrom)
+    volume = resample_volume(volume, pixel_size, data.pixel_size_angstrom, data.box_size_px)
     if len(group) == 1 or symmetry_score(volume, group, max_shell=8.0) >= MIN_SYMMETRY_SCORE:
         return volume
     fit = impose_symmetry(volume, group, max_shell=9.0)

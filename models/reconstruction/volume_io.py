@@ -10,8 +10,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from models.fourier.transforms import good_size
-
 
 def write_volume(path: Path, volume: Float[Tensor, "n n n"], pixel_size_angstrom: float) -> None:
     """Write a map to `path` (any suffix); the caller makes it atomic."""
@@ -36,39 +34,3 @@ def read_volume(path: Path) -> tuple[Float[Tensor, "n n n"], float]:
     if pixel_size <= 0:
         raise ValueError(f"{path}: pixel size {pixel_size} Å, a map has a positive pixel size")
     return torch.from_numpy(data.copy()), pixel_size
-
-
-def resample_volume(
-    volume: Float[Tensor, "n n n"],
-    pixel_size_angstrom: float,
-    box_size_px: int,
-    new_pixel_size_angstrom: float,
-) -> Float[Tensor, "m m m"]:
-    """Return the map on another grid about the same centre: padded, Fourier-cropped, cut or padded to the box."""
-    n = int(volume.shape[-1])
-    ratio = pixel_size_angstrom / new_pixel_size_angstrom
-    if n == box_size_px and abs(ratio - 1.0) < 1e-4:
-        return volume
-    padded_size = good_size(n + n // 2) if abs(ratio - 1.0) > 1e-4 else n
-    # The padded size whose Fourier-cropped counterpart is an even integer keeps the pixel size within 0.2 %.
-    best = min(
-        range(padded_size, padded_size + 40, 2),
-        key=lambda size: abs(size * ratio / 2 - round(size * ratio / 2)) / size,
-    )
-    source = _centred(volume, best)
-    target_size = 2 * round(best * ratio / 2)
-    spectrum = torch.fft.fftshift(torch.fft.fftn(torch.fft.ifftshift(source)))
-    resized = _centred(spectrum, target_size)
-    out = torch.fft.fftshift(torch.fft.ifftn(torch.fft.ifftshift(resized)).real) * (target_size / best) ** 3
-    return _centred(out, box_size_px)
-
-
-def _centred(array: Tensor, size: int) -> Tensor:
-    """Cut or zero-pad a cube about its middle sample (n // 2)."""
-    n = int(array.shape[-1])
-    out = array.new_zeros((size,) * 3)
-    low = size // 2 - n // 2
-    source = slice(max(0, -low), max(0, -low) + min(n, size))
-    target = slice(max(0, low), max(0, low) + min(n, size))
-    out[target, target, target] = array[source, source, source]
-    return out

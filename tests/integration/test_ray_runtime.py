@@ -63,7 +63,11 @@ def started_ray() -> Iterator[None]:
     import ray
 
     ray.init(
-        num_cpus=4, include_dashboard=False, object_store_memory=100 * 2**20, _node_ip_address="127.0.0.1"
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        object_store_memory=100 * 2**20,
+        _node_ip_address="127.0.0.1",
     )
     yield
     ray.shutdown()

@@ -16,8 +16,9 @@ from actors.engines import embedded
 from actors.engines.base import EngineInput, EngineProgress, EngineSettings, EngineStopped
 from actors.engines.embedded import EmbeddedEngine
 from actors.engines.particle_images import assign_half_sets, good_size_at_most, load_particles
+from models.fourier.volumes import resample_volume
 from models.reconstruction.blobs import BlobPhantom, images_of, simulate_blob_images
-from models.reconstruction.volume_io import read_volume, resample_volume, write_volume
+from models.reconstruction.volume_io import read_volume, write_volume
 from stream.records.errors import ConfigurationError, InputError
 
 N, BOX, PIXEL = 160, 32, 6.0
@@ -217,5 +218,5 @@ def test_a_map_keeps_its_density_on_another_grid() -> None:
         48, torch.Generator().manual_seed(3), sigma_fraction=0.05, radius_fraction=0.2
     )
     coarse = BlobPhantom(32, phantom.centres_xyz / 1.5, phantom.sigmas / 1.5, phantom.weights).volume()
-    moved = resample_volume(phantom.volume(), 2.0, 32, 3.0)
+    moved = resample_volume(phantom.volume(), 2.0, 3.0, 32)
     assert float((moved - coarse).norm() / coarse.norm()) < 0.02
