@@ -12,6 +12,7 @@ other programs until somebody has compared them.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -212,8 +213,12 @@ def crossing_shells(
     """Return the first of two consecutive defined shells at or below the threshold, else the last shell.
 
     A single shell is not enough: a cone holds only some 0.38 s² coefficient pairs, and one chance dip near the
-    origin would set cFAR to zero. Undefined shells (NaN) are passed over.
+    origin would set cFAR to zero. Nor are two: where a molecule's transform has a node, two or three shells of
+    a direction carry no signal and those beyond do (β-galactosidase at 15 Å along one axis: 0.78, 0.01,
+    -0.19, 0.65, 0.72). The rule is therefore applied to the running median of five shells, which passes over
+    nodes and leaves the crossing of a falling curve where it is. Undefined shells (NaN) are passed over.
     """
+    cfsc = _running_median(cfsc)
     n_directions, n_shells = cfsc.shape
     end = torch.full((n_directions,), n_shells - 1, dtype=torch.int64)
     candidate = torch.full((n_directions,), -1, dtype=torch.int64)
@@ -228,6 +233,14 @@ def crossing_shells(
         fresh = torch.where(is_below, shell, -1)
         candidate = torch.where(is_defined, fresh, candidate)
     return end
+
+
+def _running_median(curves: Float[Tensor, "d shells"], width: int = 5) -> Float[Tensor, "d shells"]:
+    """Return the median over `width` shells around each, of those that are defined; NaN stays NaN."""
+    reach = width // 2
+    padded = torch.nn.functional.pad(curves, (reach, reach), value=math.nan)
+    medians: Tensor = padded.unfold(1, width, 1).nanquantile(0.5, dim=2)
+    return torch.where(torch.isnan(curves), curves, medians)
 
 
 def weighted_area(

@@ -172,18 +172,20 @@ def test_identical_maps_are_perfectly_isotropic_though_the_innermost_cones_are_e
     assert float(result.fso[8:].min()) == 1.0
 
 
-def test_a_crossing_needs_two_consecutive_defined_shells():
+def test_a_crossing_is_where_the_curve_stays_low_and_not_at_a_node_of_the_molecule():
     nan = math.nan
-    curves = torch.tensor(
-        [
-            [1, nan, 0.1, 0.9, 0.9, 0.1, 0.9, 0.1, 0.1, 0.0],
-            [1, nan, nan, 0.9, 0.1, nan, 0.1, 0.9, 0.9, 0.9],
-            [1, nan, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 0.0],
-        ]
-    )
-    assert crossing_shells(curves).tolist() == [7, 4, 9]
-    area = weighted_area(curves, crossing_shells(curves), power=2)
-    assert float(area[1]) == pytest.approx(9 * 0.9)
+    falling = [1, nan, 0.1, 0.9, 0.9, 0.9, 0.9, 0.9, 0.1, 0.1, 0.1, 0.0]
+    node = [1, nan, 0.9, 0.9, 0.8, 0.0, -0.2, 0.7, 0.7, 0.7, 0.6, 0.6]
+    sparse = [1, nan, nan, 0.9, 0.1, nan, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9]
+    high = [1, nan, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 0.0]
+    assert crossing_shells(torch.tensor([falling, node, sparse, high])).tolist() == [8, 11, 11, 11]
+
+
+def test_an_area_is_weighted_by_the_squared_shell_and_ends_at_the_crossing():
+    curve = torch.tensor([[1.0, 1.0, 0.5, 0.5, 0.5, 0.0, 0.0, 0.0]])
+    end = crossing_shells(curve)
+    assert end.tolist() == [5]
+    assert float(weighted_area(curve, end, power=2)) == pytest.approx(1.0 + 0.5 * (4 + 9 + 16))
 
 
 def test_a_mean_over_cones_follows_the_global_curve():
