@@ -49,12 +49,15 @@ def run_engine(
     log.info("run_started run=%s particles=%d", request.run_id, n_particles)
     source = EngineInput(particles_star=particles, root=layout.root)
     initial, poses = _find_start(layout, request.warm_start)
+    seconds = {"collect": collected_s}
     if initial is None:
+        started = time.monotonic()
         initial = engine.initial_model(source, settings, work)
+        seconds["initial_model"] = time.monotonic() - started
     output = engine.refine(source, initial, settings, work, warm_start_poses=poses)
     shutil.rmtree(final, ignore_errors=True)
     work.rename(final)
-    return _record(request.run_id, engine.name, settings, layout, final, output, collected_s)
+    return _record(request.run_id, engine.name, settings, layout, final, output, seconds)
 
 
 def _find_start(layout: OutputLayout, warm_start: RunId | None) -> tuple[Path | None, Path | None]:
@@ -76,7 +79,7 @@ def _record(
     layout: OutputLayout,
     folder: Path,
     output: EngineOutput,
-    collected_s: float,
+    seconds: dict[str, float],
 ) -> RunResult:
     return RunResult(
         run_id=run_id,
@@ -89,5 +92,5 @@ def _record(
         scf_star=output.scf_star,
         note=output.note,
         folder=layout.relative(folder),
-        seconds={"collect": collected_s, **output.seconds},
+        seconds={**seconds, **output.seconds},
     )

@@ -29,7 +29,7 @@ CS_MM = 2.7
 PARTICLES_PER_MOVIE = 70
 DIAMETER_ANGSTROM = 150.0
 EXTRACT_BOX_PX = 64
-EXTRACT_PIXEL_SIZE_ANGSTROM = 3.5
+EXTRACT_PIXEL_SIZE_ANGSTROM = 3.0
 MOVIES_PER_HOUR = 720.0
 PREFERRED_FRACTION = 0.95
 
@@ -39,13 +39,13 @@ def register(app: typer.Typer) -> None:
     app.command(
         "demo",
         help="Watch a virtual microscope's movies become a map, on this machine, in minutes.\n\n"
-        "Example: icestream demo --out demo-out --movies 40 --seed 1",
+        "Example: icestream demo --out demo-out --movies 48 --seed 1",
     )(demo)
 
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for movies, truth and results; must be new or a demo's.")],
-    movies: Annotated[int, typer.Option(min=2, help="How many movies.")] = 40,
+    movies: Annotated[int, typer.Option(min=2, help="How many movies.")] = 48,
     seed: Annotated[int, typer.Option(help="Same seed, same movies.")] = 1,
     preferred_orientation: Annotated[
         bool, typer.Option("--preferred-orientation", help="Most particles lie on one face.")
