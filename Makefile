@@ -9,17 +9,22 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 OUT ?= demo-out
 ARGS ?=
 
-.PHONY: demo test check lint types imports slow clean
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+
+.PHONY: demo test test-demo check lint types imports slow clean
 
 demo: .venv/.run-$(EXTRA)
 	$(BIN)/icestream demo --out $(OUT) $(ARGS)
 
 test: .venv/.test-$(EXTRA)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow and not gpu and not ray and not prometheus"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "(ray or prometheus) and not slow and not gpu"
+	$(PYTEST) -n 2 -m "not slow and not gpu and not ray and not prometheus"
+	$(PYTEST) -m "(ray or prometheus) and not slow and not gpu"
+
+test-demo: .venv/.test-$(EXTRA)
+	$(PYTEST) tests/e2e/test_demo.py
 
 slow: .venv/.test-$(EXTRA)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow
+	$(PYTEST) -m slow
 
 check: lint types imports test
 

@@ -69,7 +69,7 @@ def demo(
     try:
         _wait_for_gain(microscope, simulator)
         settings = _settings(microscope, session, metrics_port)
-        narrator = Narrator(console)
+        narrator = Narrator(console, settings.ranker.score_threshold)
         status = run_session(
             settings,
             until_idle=True,

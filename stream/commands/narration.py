@@ -28,8 +28,9 @@ from stream.records.values import PreprocessResult
 class Narrator:
     """Says what happened; knows names, because results carry ids."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, score_threshold: float) -> None:
         self._console = console
+        self._threshold = score_threshold
         self._names: dict[str, str] = {}
         self._n_decisions_told = 0
 
@@ -48,10 +49,11 @@ class Narrator:
             case ExposurePreprocessed(result=result):
                 self._say(event.at, f"{self._name(result.exposure_id)}: {_describe(result)}")
             case ExposureRanked(result=ranked):
-                n_good = sum(ranked.score_histogram[40:])
+                n_bins = len(ranked.score_histogram)
+                n_good = sum(ranked.score_histogram[round(self._threshold * n_bins) :])
                 self._say(
                     event.at,
-                    f"{self._name(ranked.exposure_id)}: {ranked.n_scored} scored, {n_good} above 0.4",
+                    f"{self._name(ranked.exposure_id)}: {ranked.n_scored} scored, {n_good} above {self._threshold}",
                 )
             case StageFailed():
                 self._say(event.at, f"[yellow]{event.stage.value} failed[/yellow] {escape(event.reason)}")

@@ -100,7 +100,7 @@ def run_settings(settings: SessionSettings, *, until_idle: bool, in_process: boo
     from stream.commands.status import print_status
     from stream.wiring import run_session
 
-    narrator = Narrator(console)
+    narrator = Narrator(console, settings.ranker.score_threshold)
     status = run_session(
         settings,
         until_idle=until_idle,
