@@ -105,7 +105,7 @@ class RayRuntime:
         self._waiting: deque[Preprocess] = deque()
         self._in_work: dict[Any, _InWork] = {}
         self._answers: list[Event] = []
-        self._restarts: Counter[str] = Counter()
+        self._restarts = Counter(preprocess=0, rank=0, engine=0)
 
     def submit(self, command: Command) -> None:
         """Send a command to an actor, or hold it until a preprocessing actor is idle."""

@@ -30,7 +30,7 @@ PARTICLES_PER_MOVIE = 70
 DIAMETER_ANGSTROM = 150.0
 EXTRACT_BOX_PX = 64
 EXTRACT_PIXEL_SIZE_ANGSTROM = 3.0
-MOVIES_PER_HOUR = 720.0
+MOVIES_PER_HOUR = 900.0
 PREFERRED_FRACTION = 0.95
 
 
@@ -39,13 +39,13 @@ def register(app: typer.Typer) -> None:
     app.command(
         "demo",
         help="Watch a virtual microscope's movies become a map, on this machine, in minutes.\n\n"
-        "Example: icestream demo --out demo-out --movies 48 --seed 1",
+        "Example: icestream demo --out demo-out --movies 40 --seed 1",
     )(demo)
 
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for movies, truth and results; must be new or a demo's.")],
-    movies: Annotated[int, typer.Option(min=2, help="How many movies.")] = 48,
+    movies: Annotated[int, typer.Option(min=2, help="How many movies.")] = 40,
     seed: Annotated[int, typer.Option(help="Same seed, same movies.")] = 1,
     preferred_orientation: Annotated[
         bool, typer.Option("--preferred-orientation", help="Most particles lie on one face.")
@@ -146,7 +146,7 @@ def _settings(microscope: Path, session: Path, metrics_port: int) -> SessionSett
             "box_size_px": EXTRACT_BOX_PX,
             "extract_pixel_size_angstrom": EXTRACT_PIXEL_SIZE_ANGSTROM,
         },
-        "policy": {"first_run_particles": 800, "growth_factor": 2.0},
+        "policy": {"first_run_particles": 500, "growth_factor": 2.0},
         "runtime": {"min_free_disk_bytes": 2**29},
         "telemetry": {"port": None if metrics_port < 0 else metrics_port},
     }

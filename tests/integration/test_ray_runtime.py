@@ -98,7 +98,7 @@ def test_a_worker_that_is_killed_costs_one_attempt_and_comes_back(
         assert isinstance(died, StageFailed)
         assert died.kind is FailureKind.RESOURCE
         assert "worker died" in died.reason
-        assert runtime.worker_restarts == {"preprocess": 1}
+        assert runtime.worker_restarts == {"preprocess": 1, "rank": 0, "engine": 0}
         runtime.submit(command)
         (done,) = answers(runtime)
         assert isinstance(done, ExposurePreprocessed)
