@@ -50,7 +50,9 @@ def main(arguments: list[str] | None = None) -> None:
         if address:
             ray.init(address=address, log_to_driver=False)
         else:
-            ray.init(include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
+            ray.init(
+                address="local", include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1"
+            )
     try:
         remote = ray.remote(num_cpus=given.num_cpus, max_retries=1)(train)
         document = ray.get(remote.remote(config, str(given.out.absolute())))

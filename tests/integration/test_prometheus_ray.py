@@ -49,6 +49,7 @@ def test_rays_exporter_shows_the_series_of_the_ray_row_with_the_labels_that_quer
 
     port = free_port()
     ray.init(
+        address="local",
         num_cpus=1,
         include_dashboard=False,
         object_store_memory=200 * 2**20,
