@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
-from importlib.util import find_spec
 
 import typer
 
@@ -18,4 +17,4 @@ def _register_of(module: str) -> Callable[[typer.Typer], None]:
     return register
 
 
-REGISTERS = [_register_of(name) for name in COMMAND_MODULES if find_spec(f"stream.commands.{name}")]
+REGISTERS = [_register_of(name) for name in COMMAND_MODULES]
