@@ -60,6 +60,20 @@ def wait_until_up(address: str, limit_s: float = 120) -> None:
     raise AssertionError(f"no Ray dashboard at {address} within {limit_s} s")
 
 
+def submit(
+    command: list[str], environment: dict[str, str], limit_s: float = 120
+) -> subprocess.CompletedProcess[str]:
+    """Submit a job; the dashboard answers before the head's job agent is up, and then asks to try again."""
+    deadline = time.monotonic() + limit_s
+    while True:
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=400, check=False
+        )
+        if "No available agent" not in done.stderr + done.stdout or time.monotonic() > deadline:
+            return done
+        time.sleep(2.0)
+
+
 def test_a_folder_is_reprocessed_as_a_ray_job(
     head: tuple[str, dict[str, str]], microscope: Path, tmp_path: Path
 ) -> None:
@@ -69,14 +83,8 @@ def test_a_folder_is_reprocessed_as_a_ray_job(
     command = [str(RAY), "job", "submit", "--address", address, "--working-dir", str(kit.REPOSITORY), "--"]
     command += [sys.executable, "-m", "actors.jobs.reprocess", *options]
     environment = {k: v for k, v in environment.items() if k != "PYTHONPATH"}
-    done = subprocess.run(
-        command,
-        env={**environment, "PATH": os.environ["PATH"]},
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
+    environment["PATH"] = os.environ["PATH"]
+    done = submit(command, environment)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     status = kit.status(out)
     assert status["balanced"]
