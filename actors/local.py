@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 from actors.handlers import PreprocessHandler, RankHandler, RunHandler, WorkerSpec, attempt
 from actors.outcomes import WorkCommand, WorkOutcome, event_for, item_of
-from stream.records.commands import CancelRun, Command, Preprocess, Rank, StartRun
+from stream.records.commands import Command, Preprocess, Rank, StartRun
 from stream.records.events import Event
 
 
@@ -25,8 +25,7 @@ class LocalRuntime:
 
     def submit(self, command: Command) -> None:
         """Queue a command."""
-        if not isinstance(command, CancelRun):
-            self._queue.append(command)
+        self._queue.append(command)
 
     def poll(self, timeout_s: float) -> list[Event]:
         """Do the oldest command, if there is one, and return its event."""

@@ -31,8 +31,8 @@ from actors.handlers import (
     attempt,
 )
 from actors.outcomes import WorkCommand, WorkOutcome, event_for, item_of
-from stream.records.commands import CancelRun, Command, Preprocess, Rank, StartRun
-from stream.records.events import Event, RunFailed
+from stream.records.commands import Command, Preprocess, Rank, StartRun
+from stream.records.events import Event
 from stream.records.values import FailureKind
 
 log = logging.getLogger(__name__)
@@ -117,8 +117,6 @@ class RayRuntime:
                 self._send(command, self._ranker)
             case StartRun():
                 self._send(command, self._engine)
-            case CancelRun(run_id=run_id):
-                self._cancel(run_id)
 
     def poll(self, timeout_s: float) -> list[Event]:
         """Return the events that answer commands."""
@@ -218,15 +216,6 @@ class RayRuntime:
             del self._in_work[reference]
             reason = f"{item_of(work.command)}: no outcome within {limit:.0f} s"
             self._answer(self._replace(work), Failure(kind=FailureKind.RESOURCE, reason=reason))
-
-    def _cancel(self, run_id: str) -> None:
-        for reference, work in list(self._in_work.items()):
-            if isinstance(work.command, StartRun) and work.command.request.run_id == run_id:
-                del self._in_work[reference]
-                self._replace(work)
-                self._answers.append(
-                    RunFailed(at=self._clock(), run_id=work.command.request.run_id, reason="cancelled")
-                )
 
 
 def _pool_of(command: WorkCommand) -> str:

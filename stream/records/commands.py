@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stream.records.values import Exposure, ExposureId, HalfSet, PreprocessResult, RunId, RunRequest
+from stream.records.values import Exposure, ExposureId, HalfSet, PreprocessResult, RunRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,11 +40,4 @@ class StartRun:
     members: tuple[RunMember, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CancelRun:
-    """Give up a run; answered by RunFailed."""
-
-    run_id: RunId
-
-
-Command = Preprocess | Rank | StartRun | CancelRun
+Command = Preprocess | Rank | StartRun
