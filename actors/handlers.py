@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from actors.engines.base import EngineSettings
-from actors.preprocess import PreprocessSettings
+from actors.preprocess.settings import PreprocessSettings
 from stream.records.commands import Preprocess, Rank, StartRun
 from stream.records.errors import IcestreamError, InputError
 from stream.records.values import FailureKind, InputKind, PreprocessResult, RankResult, RunResult
@@ -74,7 +74,7 @@ class PreprocessHandler:
             from actors.particle_import import import_particles
 
             return import_particles(exposure, spec.source, spec.preprocess, spec.layout)
-        from actors.preprocess import preprocess_exposure
+        from actors.preprocess.exposure import preprocess_exposure
 
         return preprocess_exposure(exposure, spec.preprocess, spec.layout)
 

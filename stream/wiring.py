@@ -15,7 +15,7 @@ from actors.engines.base import EngineSettings
 from actors.handlers import RankerOptions, WorkerSpec
 from actors.interface import Runtime
 from actors.local import LocalRuntime
-from actors.preprocess import PreprocessSettings
+from actors.preprocess.settings import PreprocessSettings
 from stream import __version__
 from stream.app import Service, write_session
 from stream.config import SessionSettings

@@ -85,7 +85,8 @@ def preprocess(
     Example: icestream preprocess raw/*.tiff --out OUT --pixel-size-angstrom 0.885 --voltage-kv 200
     --cs-mm 1.4 --dose-e-per-angstrom2 30 --particle-diameter-angstrom 180 --gain gain.mrc
     """
-    from actors.preprocess import PreprocessSettings, preprocess_exposure
+    from actors.preprocess.exposure import preprocess_exposure
+    from actors.preprocess.settings import PreprocessSettings
     from models.optics.ctf_fit import CtfSearch
     from stream.records.values import Optics
     from stream.store.layout import OutputLayout
@@ -157,7 +158,7 @@ def ctf(
     """
     import torch
 
-    from actors.preprocess import judge_ice, make_microscope, to_record, write_ctf_files
+    from actors.preprocess.ctf import judge_ice, make_microscope, to_record, write_ctf_files
     from models.fourier.spectra import half_from_centred
     from models.optics.ctf_fit import CtfSearch, fit_ctf, fit_ctf_spectrum
     from stream.ingest.movie_reader import read_micrograph

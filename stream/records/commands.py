@@ -4,14 +4,35 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stream.records.values import Exposure, ExposureId, HalfSet, PreprocessResult, RunRequest
+from stream.records.values import (
+    Exposure,
+    ExposureId,
+    GainOrientation,
+    HalfSet,
+    PreprocessResult,
+    RunId,
+    RunRequest,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preprocess:
-    """Take one exposure from its file to extracted particles."""
+    """Take one exposure from its file to extracted particles.
+
+    `gain_orientation` is what was found over the first movies (None: as the settings say); `template_run`
+    names the run whose map gives the picking templates (None: blobs).
+    """
 
     exposure: Exposure
+    gain_orientation: GainOrientation | None = None
+    template_run: RunId | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OrientGain:
+    """Find how the gain reference fits these movies."""
+
+    exposures: tuple[Exposure, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,4 +61,4 @@ class StartRun:
     members: tuple[RunMember, ...]
 
 
-Command = Preprocess | Rank | StartRun
+Command = Preprocess | OrientGain | Rank | StartRun

@@ -13,7 +13,9 @@ from stream.records.values import (
     ExposureId,
     FailureKind,
     FileIdentity,
+    GainOrientation,
     PreprocessResult,
+    QualityLimits,
     RankResult,
     RunId,
     RunResult,
@@ -46,6 +48,40 @@ class FileRejected:
     exposure_id: ExposureId
     name: str
     file: FileIdentity
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GainOriented:
+    """The eight orientations of the gain reference were tried on the first movies.
+
+    `orientation` is None when none stood out; `contrast` is what the best one leads the second by, in standard
+    errors, and `note` says it in words.
+    """
+
+    at: float
+    orientation: GainOrientation | None
+    contrast: float
+    n_movies: int
+    note: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QualityLimitsChanged:
+    """Somebody set the limits that exposures are accepted by; every exposure is judged again."""
+
+    at: float
+    limits: QualityLimits
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExposureOverruled:
+    """Somebody accepted or rejected an exposure whatever the limits say; None takes that back."""
+
+    at: float
+    exposure_id: ExposureId
+    is_accepted: bool | None
     reason: str
 
 
@@ -120,6 +156,9 @@ Event = (
     SessionOpened
     | ExposureFound
     | FileRejected
+    | GainOriented
+    | QualityLimitsChanged
+    | ExposureOverruled
     | ExposurePreprocessed
     | ExposureRanked
     | StageFailed

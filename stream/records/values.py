@@ -95,7 +95,10 @@ class Exposure:
 class CtfFit:
     """A CTF fit: underfocus positive, u ≥ v, angle from x to u.
 
-    `is_reliable` is False when no rings were found; the numbers then mean nothing.
+    `is_reliable` is False when no rings were found; the numbers then mean nothing. Standard deviations come
+    from the curvature of the fit's likelihood; `confidence` lies in [0, 1]. `thickness_angstrom` is that of the
+    ice where a node of the rings shows it, `defocus_gradient_angstrom_per_um` the slope of the defocus across
+    the field; None = not determined.
     """
 
     defocus_u_angstrom: float
@@ -105,20 +108,66 @@ class CtfFit:
     fit_resolution_angstrom: float
     score: float
     is_reliable: bool
+    defocus_sd_angstrom: float | None = None
+    astigmatism_sd_angstrom: float | None = None
+    confidence: float | None = None
+    thickness_angstrom: float | None = None
+    defocus_gradient_angstrom_per_um: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MotionSummary:
-    """Path length of the whole-frame trajectory: in all, over the first 4 e/Å², and over the rest."""
+    """Path length of the whole-frame trajectory: in all, over the first 4 e/Å², and over the rest.
+
+    The local figures are of the motion that is left after the whole-frame shifts: its rms over the field and
+    the frames, and the longest path of a patch; None = not estimated.
+    """
 
     total_motion_angstrom: float
     early_motion_angstrom: float
     late_motion_angstrom: float
+    rms_local_motion_angstrom: float | None = None
+    max_patch_motion_angstrom: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GainOrientation:
+    """How a gain reference is turned to fit the movies: turned counter-clockwise first, then flipped."""
+
+    flip_x: bool = False
+    flip_y: bool = False
+    rotate_deg: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QualityLimits:
+    """What an exposure must keep to be used; a limit of None is not applied.
+
+    A figure that could not be determined breaks the limit on it only for the CTF (no rings is a failure).
+    """
+
+    max_ctf_fit_angstrom: float | None = None
+    max_astigmatism_angstrom: float | None = None
+    min_defocus_angstrom: float | None = None
+    max_defocus_angstrom: float | None = None
+    max_total_motion_angstrom: float | None = None
+    max_early_motion_angstrom: float | None = None
+    max_ice_ratio: float | None = None
+    max_crystalline_ice: float | None = None
+    max_masked_fraction: float | None = None
+    min_picks: int | None = None
+    max_picks: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreprocessResult:
-    """What preprocessing made of one exposure; paths are relative to the output folder, None = not made."""
+    """What preprocessing made of one exposure; paths are relative to the output folder, None = not made.
+
+    `crystalline_ice` is the excess of sharp ice reflections in robust standard deviations, `masked_fraction`
+    the part of the field that is carbon, contamination or ice, `gain_residual` the correlation of the
+    corrected frames' mean with the gain reference (0 when the gain fits). `picker` names what picked:
+    "blob", "template:RUN" or "topaz".
+    """
 
     exposure_id: ExposureId
     micrograph: str | None
@@ -133,6 +182,10 @@ class PreprocessResult:
     ctf: CtfFit | None
     ice_ratio: float | None
     seconds: dict[str, float]
+    crystalline_ice: float | None = None
+    masked_fraction: float | None = None
+    gain_residual: float | None = None
+    picker: str = "blob"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ import pytest
 
 from actors.engines.base import EngineSettings
 from actors.handlers import RankerOptions, WorkerSpec
-from actors.preprocess import PreprocessSettings
+from actors.preprocess.settings import PreprocessSettings
 from stream.ingest.files import identify_file
 from stream.records.commands import Preprocess
 from stream.records.events import Event, ExposurePreprocessed, StageFailed

@@ -87,7 +87,8 @@ def test_apoferritin_is_picked_as_experts_pick_it():
 
 
 def test_the_full_size_micrograph_is_preprocessed(tmp_path):
-    from actors.preprocess import PreprocessSettings, preprocess_exposure
+    from actors.preprocess.exposure import preprocess_exposure
+    from actors.preprocess.settings import PreprocessSettings
     from stream.ingest.movie_reader import identify_file, inspect_movie
     from stream.records.particles import derive_exposure_id
     from stream.records.values import AcquisitionMetadata, Exposure, InputKind, Optics

@@ -11,7 +11,8 @@ import tifffile
 import torch
 from typer.testing import CliRunner
 
-from actors.preprocess import PreprocessSettings, preprocess_exposure
+from actors.preprocess.exposure import preprocess_exposure
+from actors.preprocess.settings import PreprocessSettings
 from models.optics.ctf import evaluate_ctf, frequency_grid
 from stream.ingest.movie_reader import identify_file, inspect_movie
 from stream.records.errors import InputError

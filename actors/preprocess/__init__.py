@@ -1,0 +1,1 @@
+"""Preprocessing of one exposure, a module per stage."""
