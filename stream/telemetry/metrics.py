@@ -26,10 +26,13 @@ from stream.records.events import (
     DrainRequested,
     Event,
     ExposureFound,
+    ExposureOverruled,
     ExposurePreprocessed,
     ExposureRanked,
     FileRejected,
+    GainOriented,
     InputEnded,
+    QualityLimitsChanged,
     RunEnded,
     RunFailed,
     SessionOpened,
@@ -162,6 +165,8 @@ class Telemetry:
                 series.disk_low.set(event.is_low)
             case InputEnded() | DrainRequested():
                 series.session_open.set(0)
+            case GainOriented() | QualityLimitsChanged() | ExposureOverruled():
+                pass  # what follows from them is in the controller's books
             case _:
                 assert_never(event)
 
