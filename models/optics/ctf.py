@@ -23,9 +23,14 @@ def electron_wavelength_angstrom(voltage_kv: float) -> float:
 def frequency_grid(
     shape_yx: tuple[int, int], pixel_size_angstrom: float, *, device: torch.device | None = None
 ) -> tuple[Float[Tensor, "h wr"], Float[Tensor, "h wr"]]:
-    """Return (ky, kx) in 1/Å for the half spectrum of `torch.fft.rfft2` of an image of `shape_yx`."""
+    """Return (ky, kx) in 1/Å for the half spectrum of `torch.fft.rfft2` of an image of `shape_yx`.
+
+    The row of the Nyquist frequency, whose sign is free, counts as positive, as in RELION and Warp.
+    """
     height, width = shape_yx
     ky = torch.fft.fftfreq(height, pixel_size_angstrom, device=device)
+    if height % 2 == 0:
+        ky[height // 2] = -ky[height // 2]
     kx = torch.fft.rfftfreq(width, pixel_size_angstrom, device=device)
     return ky[:, None].expand(height, kx.numel()), kx[None, :].expand(height, kx.numel())
 
