@@ -21,6 +21,7 @@ from models.fourier.rotations import matrix_to_euler
 from models.reconstruction.figures import save_fsc_picture, save_map_picture, save_orientation_picture
 from models.reconstruction.fsc import FscCurves
 from models.reconstruction.orientation import OrientationDiagnostics, orientation_diagnostics
+from models.reconstruction.orientation_page import write_orientation_page
 from models.reconstruction.refinement import RefinementResult
 from models.reconstruction.volume_io import write_volume
 from stream.sinks.relion_star import write_particles_star
@@ -157,13 +158,15 @@ class RunFolder:
         diagnostics: OrientationDiagnostics,
         pixel_size_angstrom: float,
     ) -> None:
-        """Write map.png, fsc.png and orientation.png."""
+        """Write map.png, fsc.png, orientation.png and orientation.html."""
         with replacing(self.path / "map.png") as temporary:
             save_map_picture(volume, temporary, pixel_size_angstrom=pixel_size_angstrom)
         with replacing(self.path / "fsc.png") as temporary:
             save_fsc_picture(curves, temporary)
         with replacing(self.path / "orientation.png") as temporary:
             save_orientation_picture(diagnostics, temporary)
+        with replacing(self.path / "orientation.html") as temporary:
+            write_orientation_page(diagnostics, temporary, resolution_angstrom=curves.resolution_angstrom)
 
     def write_summary(self, summary: RunSummary) -> EngineOutput:
         """Write summary.json and return the record of the engine interface."""
@@ -191,6 +194,8 @@ class RunFolder:
             "cfar": output.cfar,
             "cfar_null": output.cfar_null,
             "scf_star": output.scf_star,
+            "sphericity": _finite(summary.diagnostics.sphericity),
+            "view_efficiency": _finite(summary.diagnostics.view_efficiency),
             "symmetry": summary.settings.symmetry,
             "n_particles": output.n_particles,
             "n_excluded": output.n_excluded,

@@ -23,7 +23,7 @@ from models.reconstruction.grids import healpix_directions
 from models.reconstruction.orientation import OrientationDiagnostics
 
 _DPI = 110
-_VIEW_ORDER = 3
+VIEW_ORDER = 3
 """HEALPix order of the view histogram: 768 bins of 7.3°."""
 
 _BLUE, _ORANGE, _GREY, _RED = "#1f5fa8", "#d9822b", "#8a8f98", "#b3262a"
@@ -104,7 +104,7 @@ def save_orientation_picture(diagnostics: OrientationDiagnostics, path: Path, *,
 
 
 def view_histogram(
-    views: Float[Tensor, "n 3"], order: int = _VIEW_ORDER
+    views: Float[Tensor, "n 3"], order: int = VIEW_ORDER
 ) -> tuple[Float[Tensor, "v 3"], NDArray[np.int64]]:
     """Return HEALPix directions and how many views fall nearest to each."""
     directions = healpix_directions(order)
@@ -158,7 +158,7 @@ def _draw_resolution_histogram(axes: Any, diagnostics: OrientationDiagnostics) -
 def _draw_views(figure: Figure, axes: Any, diagnostics: OrientationDiagnostics) -> None:  # noqa: ANN401
     views = diagnostics.views if diagnostics.views is not None else torch.zeros(0, 3)
     directions, counts = view_histogram(views)
-    image = _draw_sphere(axes, directions, counts.astype(float), "magma", _VIEW_ORDER)
+    image = _draw_sphere(axes, directions, counts.astype(float), "magma", VIEW_ORDER)
     figure.colorbar(
         image, ax=axes, orientation="horizontal", shrink=0.7, pad=0.08, label="particles per 7° bin"
     )

@@ -1,4 +1,4 @@
-"""Orientation diagnostics of a half-map pair: conical FSC, cFAR with its isotropic null, FSO, relative signal.
+"""Orientation diagnostics of a half-map pair: conical FSC, cFAR with its isotropic null, FSO, sphericity, signal.
 
 cFAR is the smallest over the largest k²-weighted area under the conical FSC (double cone of 20°, 3,072
 HEALPix directions) up to its crossing of 0.143. It lies in [0, 1]; low values mean that some directions of the
@@ -27,6 +27,7 @@ from models.reconstruction.cones import (
     directional_sums,
     half_directions,
 )
+from models.reconstruction.efficiency import ViewEfficiency, view_efficiency
 from models.reconstruction.fsc import (
     GOLD_STANDARD_THRESHOLD,
     fourier_shell_correlation,
@@ -34,6 +35,7 @@ from models.reconstruction.fsc import (
     shell_sum,
 )
 from models.reconstruction.sampling import Sampling, sampling_factor, view_directions
+from models.reconstruction.sphericity import sphericity
 
 CONE_HALF_ANGLE_DEG = 20.0
 CONE = Cone(CONE_HALF_ANGLE_DEG)
@@ -51,8 +53,9 @@ SCF_LIMIT = 0.81
 class OrientationDiagnostics:
     """What `orientation_diagnostics` found; curves have one value per shell (NaN where undefined).
 
-    `directions` holds one of each antipodal pair, 1,536 unit vectors (x, y, z); the arrays `area`,
-    `direction_resolution_angstrom` and `relative_signal` follow it. `fso` is the share of directions with a
+    `directions` holds one of each antipodal pair, 1,536 unit vectors (x, y, z); the arrays `cfsc`, `area`,
+    `direction_resolution_angstrom` and `relative_signal` follow it. `sphericity` is 3DFSC's; `efficiency` is
+    cryoEF's E_od and, like SCF*, knows only the views. `fso` is the share of directions with a
     conical FSC of at least 0.143 and `fso_span_angstrom` where it falls to 0.9 and to 0.1.
     """
 
@@ -60,6 +63,8 @@ class OrientationDiagnostics:
     cfar_unweighted: float
     cfar_null: float | None
     cfar_ratio: float | None
+    sphericity: float
+    cfsc: Float[Tensor, "d shells"]
     cfsc_mean: Float[Tensor, " shells"]
     cfsc_min: Float[Tensor, " shells"]
     cfsc_max: Float[Tensor, " shells"]
@@ -76,11 +81,17 @@ class OrientationDiagnostics:
     worst_resolution_angstrom: float
     best_resolution_angstrom: float
     sampling: Sampling | None
+    efficiency: ViewEfficiency | None
     views: Float[Tensor, "n 3"] | None
     is_masked: bool
     n_symmetry: int
     box_px: int
     pixel_size_angstrom: float
+
+    @property
+    def view_efficiency(self) -> float | None:
+        """E_od of the views, None where no poses were given."""
+        return None if self.efficiency is None else self.efficiency.efficiency
 
     @property
     def scf_star(self) -> float | None:
@@ -95,6 +106,8 @@ class OrientationDiagnostics:
             "cfar_null",
             "cfar_ratio",
             "scf_star",
+            "sphericity",
+            "view_efficiency",
             "fso_span_angstrom",
             "worst_direction",
             "best_direction",
@@ -173,6 +186,8 @@ def orientation_diagnostics(
         cfar_unweighted=area_ratio(weighted_area(cfsc, end, power=0)),
         cfar_null=null,
         cfar_ratio=None if not null else cfar / null,
+        sphericity=sphericity(cfsc, size, pixel_size_angstrom),
+        cfsc=cfsc,
         **_spread(cfsc),
         global_fsc=global_fsc,
         fso=fso,
@@ -188,6 +203,7 @@ def orientation_diagnostics(
         sampling=None
         if views is None
         else sampling_factor(views, generator=generator, group=symmetry_matrices),
+        efficiency=None if views is None else view_efficiency(views, group=symmetry_matrices),
         views=views,
         is_masked=mask is not None,
         n_symmetry=1 if symmetry_matrices is None else int(symmetry_matrices.shape[0]),

@@ -1,4 +1,4 @@
-"""`icestream orientation`: FSC, conical FSC, cFAR with its isotropic null, and SCF* of a pair of half-maps."""
+"""`icestream orientation`: FSC, conical FSC, cFAR with its isotropic null, sphericity, SCF* and E_od of half-maps."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def register(app: typer.Typer) -> None:
     """Add the command."""
     app.command(
         "orientation",
-        help="Measure resolution and how evenly directions are resolved: FSC, conical FSC, cFAR, SCF*.\n\n"
+        help="Measure resolution and how evenly directions are resolved: FSC, cFAR, sphericity, SCF*, E_od.\n\n"
         "Half-maps are unfiltered MRC cubes (also .gz, .bz2). Without --mask a soft mask is made from their sum. "
         "cFAR is to be read against cfar_null, what isotropic maps of this box, mask and signal would have.\n\n"
         "Example: icestream orientation half1.mrc half2.mrc --mask mask.mrc --poses poses.star --out diagnostics",
@@ -48,7 +48,8 @@ def orientation(
     half2: Annotated[Path, typer.Argument(help="Second half-map (MRC).")],
     mask: Annotated[Path | None, typer.Option(help="Soft mask in [0, 1] (MRC).")] = None,
     poses: Annotated[
-        Path | None, typer.Option(help="STAR with rlnAngleRot/Tilt/Psi; gives SCF* and the view histogram.")
+        Path | None,
+        typer.Option(help="STAR with rlnAngleRot/Tilt/Psi; gives SCF*, E_od and the view histogram."),
     ] = None,
     symmetry: Annotated[str, typer.Option(help="Point group that the maps have.")] = "C1",
     pixel_size_angstrom: Annotated[
@@ -58,7 +59,8 @@ def orientation(
     n_null: Annotated[int, typer.Option(min=0, help="Synthetic isotropic map pairs behind cfar_null.")] = 20,
     seed: Annotated[int, typer.Option(help="Seed of random phases, null maps and the draw of views.")] = 0,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for fsc.star, orientation.json, mask.mrc and pictures.")
+        Path | None,
+        typer.Option(help="Folder for fsc.star, orientation.json, orientation.html, mask.mrc and pictures."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -270,6 +272,7 @@ def _write_results(
 
     from models.reconstruction.figures import save_fsc_picture, save_map_picture, save_orientation_picture
     from models.reconstruction.fsc import fsc_table
+    from models.reconstruction.orientation_page import write_orientation_page
     from stream.store.files import replacing
 
     with replacing(out / "fsc.star") as temporary:
@@ -285,7 +288,9 @@ def _write_results(
         save_fsc_picture(curves, temporary)
     with replacing(out / "orientation.png") as temporary:
         save_orientation_picture(diagnostics, temporary)
-    names = "fsc.star orientation.json mask.mrc map.png fsc.png orientation.png"
+    with replacing(out / "orientation.html") as temporary:
+        write_orientation_page(diagnostics, temporary, resolution_angstrom=curves.resolution_angstrom)
+    names = "fsc.star orientation.json mask.mrc map.png fsc.png orientation.png orientation.html"
     console.print(f"written to {out}: {names}", highlight=False, soft_wrap=True)
 
 
@@ -307,7 +312,15 @@ def _print_summary(document: dict[str, Any]) -> None:
         f"directions  {document['worst_resolution_angstrom']:.1f} Å (worst) to "
         f"{document['best_resolution_angstrom']:.1f} Å (best)"
     )
+    typer.echo(f"sphericity  {document['sphericity']:.3f} (3D FSC body at 0.5; 1 is a sphere)")
+    typer.echo(
+        f"signal      {document['relative_signal_min']:.2f} to {document['relative_signal_max']:.2f} of the mean "
+        "by view"
+    )
     if document["scf_star"] is not None:
         typer.echo(
             f"SCF*        {document['scf_star']:.3f} from {document['n_views']} views (even: above 0.81)"
+        )
+        typer.echo(
+            f"E_od        {document['view_efficiency']:.3f} (efficiency of the views; good: above 0.8)"
         )

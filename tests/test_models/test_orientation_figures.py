@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import json
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +21,7 @@ from models.reconstruction.fsc import masked_fsc
 from models.reconstruction.grids import random_rotations
 from models.reconstruction.masks import gaussian_lowpass, spherical_mask
 from models.reconstruction.orientation import orientation_diagnostics
+from models.reconstruction.orientation_page import write_orientation_page
 
 
 def gen(seed: int = 0) -> torch.Generator:
@@ -79,3 +84,34 @@ def test_the_view_histogram_counts_every_view_in_the_bin_that_holds_it():
     assert counts.sum() == 4
     assert int(counts.max()) == 3
     assert float(directions[int(counts.argmax()), 2]) > 0.98
+
+
+def test_the_page_needs_nothing_from_outside_and_holds_every_directions_curve(tmp_path, halves):
+    mask = spherical_mask(32, 11, 3)
+    views = random_rotations(300, gen())
+    diagnostics = orientation_diagnostics(*halves, mask, 2.0, generator=gen(), rotations=views, n_null=1)
+    write_orientation_page(diagnostics, tmp_path / "a" / "o.html", title="<b> & co", resolution_angstrom=7.1)
+    page = (tmp_path / "a" / "o.html").read_text()
+    assert "&lt;b&gt; &amp; co" in page
+    assert not re.search(r"""(src|href)\s*=|https?://(?!www\.w3\.org/2000/svg)|@import""", page)
+    assert f"{diagnostics.cfar:.3f}" in page
+    assert f"{diagnostics.sphericity:.3f}" in page
+    found = re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.DOTALL)
+    data = json.loads(found.group(1))
+    cfsc = np.frombuffer(base64.b64decode(data["cfsc"]), dtype=np.int8).reshape(1536, data["shells"])
+    direction = 700
+    expected = diagnostics.cfsc[direction].numpy()
+    shown = np.where(cfsc[direction] == -128, np.nan, cfsc[direction] / 100)
+    np.testing.assert_allclose(shown, expected, atol=0.0051)
+    assert sum(data["views"]) == 300
+    assert len(data["directions"]) == 3 * 1536
+
+
+def test_a_page_without_poses_or_resolution_says_so(tmp_path):
+    a, b = (torch.randn(24, 24, 24, generator=gen(s)) for s in (1, 2))
+    diagnostics = orientation_diagnostics(a, b, None, 2.0, generator=gen(), n_null=0)
+    write_orientation_page(diagnostics, tmp_path / "o.html")
+    page = (tmp_path / "o.html").read_text()
+    assert "<td>none</td>" in page
+    assert "SCF*" not in page
+    assert "NaN" not in page.split("<script>")[0]

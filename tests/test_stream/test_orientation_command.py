@@ -94,6 +94,7 @@ def test_files_are_written_and_the_table_has_relions_columns(halves, tmp_path):
     assert "cFAR" in result.stdout
     assert {p.name for p in out.iterdir()} == {
         "fsc.star", "orientation.json", "mask.mrc", "map.png", "fsc.png", "orientation.png",
+        "orientation.html",
     }  # fmt: skip
     table = starfile.read(out / "fsc.star")
     assert len(table) == SIZE // 2 + 1
