@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from stream.control.settings import ControllerSettings
 from stream.records.errors import ConfigurationError
-from stream.records.values import Optics
+from stream.records.values import Optics, QualityLimits
 
 Voltage = Annotated[float, Field(ge=60, le=400, description="kV; 300000 is in volts")]
 Length = Annotated[float, Field(gt=0)]
@@ -45,7 +45,27 @@ class AcquisitionSettings(_Section):
     gain_flip_x: bool = False
     gain_flip_y: bool = False
     gain_rotate_deg: Literal[0, 90, 180, 270] = 0
+    gain_convention: Literal["auto", "multiply", "divide"] = "auto"
+    gain_orientation: Literal["given", "auto"] = "given"
+    max_gain_residual: Annotated[float, Field(gt=0, le=1, description="a correlation")] = 0.05
+    gain_residual_movies: Annotated[int, Field(ge=1, le=1000)] = 20
     eer_fractions: Annotated[int, Field(ge=1, le=500)] = 40
+    eer_dose_per_fraction_e_per_angstrom2: (
+        Annotated[float, Field(gt=0, le=100, description="e/Å²; in place of eer_fractions")] | None
+    ) = None
+    eer_upsampling: Literal[1, 2] = 1
+
+    @model_validator(mode="after")
+    def _orientation_is_said_once(self) -> AcquisitionSettings:
+        if self.gain_orientation == "given":
+            return self
+        if self.gain is None:
+            msg = "gain_orientation auto needs a gain"
+            raise ValueError(msg)
+        if self.gain_flip_x or self.gain_flip_y or self.gain_rotate_deg:
+            msg = "gain_orientation auto finds flips and rotation itself: leave them out, or say given"
+            raise ValueError(msg)
+        return self
 
 
 class IngestSettings(_Section):
@@ -68,6 +88,47 @@ class ParticleSettings(_Section):
     box_size_px: Annotated[int, Field(ge=16, le=2048)] | None = None
     pick_threshold_sd: Annotated[float, Field(gt=0)] | None = None
     max_picks: Annotated[int, Field(ge=1)] | None = None
+    picker: Literal["blob", "template-after-map", "topaz"] = "blob"
+    template_min_resolution_angstrom: Length = 20.0
+    topaz_executable: Path | None = None
+    topaz_model: Path | None = None
+
+
+Fraction = Annotated[float, Field(ge=0, le=1, description="a fraction, not per cent")]
+
+
+class QualitySettings(_Section):
+    """What an exposure must keep to be used; a limit of None is not applied.
+
+    They are where a session begins. `icestream quality` changes them while it runs; giving others here and
+    starting again changes them, too.
+    """
+
+    max_ctf_fit_angstrom: Length | None = None
+    max_astigmatism_angstrom: Length | None = None
+    min_defocus_angstrom: Annotated[float, Field(description="Å, not µm")] | None = None
+    max_defocus_angstrom: Annotated[float, Field(description="Å, not µm")] | None = None
+    max_total_motion_angstrom: Length | None = None
+    max_early_motion_angstrom: Length | None = None
+    max_ice_ratio: Length | None = None
+    max_crystalline_ice: float | None = None
+    max_masked_fraction: Fraction | None = None
+    min_picks: Annotated[int, Field(ge=0)] | None = None
+    max_picks: Annotated[int, Field(ge=0)] | None = None
+
+    @model_validator(mode="after")
+    def _ranges_are_not_empty(self) -> QualitySettings:
+        for lower, upper in (("min_defocus_angstrom", "max_defocus_angstrom"), ("min_picks", "max_picks")):
+            low, high = getattr(self, lower), getattr(self, upper)
+            if low is not None and high is not None and low > high:
+                msg = f"{lower} is at most {upper}"
+                raise ValueError(msg)
+        return self
+
+    @property
+    def limits(self) -> QualityLimits:
+        """The limits as a record."""
+        return QualityLimits(**self.model_dump())
 
 
 class RankerSettings(_Section):
@@ -87,9 +148,8 @@ class PolicySettings(_Section):
     growth_factor: Annotated[float, Field(gt=1)] = 1.5
     rebuild_factor: Annotated[float, Field(gt=1)] = 4.0
     final_run_min_particles: Annotated[int, Field(ge=50)] = 200
+    rerun_loss_fraction: Fraction = 0.1
     cfar_bound: Annotated[float, Field(ge=0, le=1)] = 0.15
-    max_ctf_fit_angstrom: Length | None = None
-    max_total_motion_angstrom: Length | None = None
 
     @model_validator(mode="after")
     def _rungs_are_in_order(self) -> PolicySettings:
@@ -142,6 +202,7 @@ class SessionSettings(_Section):
     acquisition: AcquisitionSettings
     ingest: IngestSettings = IngestSettings()
     particle: ParticleSettings = ParticleSettings()
+    quality: QualitySettings = QualitySettings()
     ranker: RankerSettings = RankerSettings()
     policy: PolicySettings = PolicySettings()
     engine: EngineChoice = EngineChoice()
@@ -180,18 +241,22 @@ class SessionSettings(_Section):
 
     def controller_settings(self, *, n_preprocess_workers: int) -> ControllerSettings:
         """Return the controller's numbers; each worker has one item in work and one waiting."""
-        p = self.policy
+        p, a = self.policy, self.acquisition
         return ControllerSettings(
             score_threshold=self.ranker.score_threshold,
             first_run_particles=p.first_run_particles,
             growth_factor=p.growth_factor,
             rebuild_factor=p.rebuild_factor,
+            rerun_loss_fraction=p.rerun_loss_fraction,
             final_run_min_particles=p.final_run_min_particles,
             cfar_bound=p.cfar_bound,
             max_in_flight_preprocess=2 * n_preprocess_workers,
-            max_ctf_fit_angstrom=p.max_ctf_fit_angstrom,
-            max_total_motion_angstrom=p.max_total_motion_angstrom,
             runs_enabled=p.enabled,
+            is_gain_orientation_sought=self.movies is not None and a.gain_orientation == "auto",
+            max_gain_residual=a.max_gain_residual,
+            n_gain_residual_movies=a.gain_residual_movies,
+            is_picking_by_template=self.particle.picker == "template-after-map",
+            template_min_resolution_angstrom=self.particle.template_min_resolution_angstrom,
         )
 
     def to_yaml(self) -> str:
@@ -231,9 +296,26 @@ def parse_settings(document: Mapping[str, Any], *, item: str) -> SessionSettings
         raise ConfigurationError(item, "; ".join(faults)) from error
 
 
+def parse_limits(document: Mapping[str, Any], *, item: str) -> QualityLimits:
+    """Return validated limits on quality (keys as in the section `quality`), or raise `ConfigurationError`."""
+    try:
+        return QualitySettings.model_validate(document).limits
+    except ValidationError as error:
+        located = [dict(fault) | {"loc": ("quality", *fault["loc"])} for fault in error.errors()]
+        raise ConfigurationError(item, "; ".join(_describe_fault(fault) for fault in located)) from error
+
+
+_MOVED_KEYS = {
+    "policy.max_ctf_fit_angstrom": "quality.max_ctf_fit_angstrom",
+    "policy.max_total_motion_angstrom": "quality.max_total_motion_angstrom",
+}
+
+
 def _describe_fault(fault: dict[str, Any]) -> str:
     key = ".".join(str(part) for part in fault["loc"]) or "session"
     if fault["type"] == "extra_forbidden":
+        if key in _MOVED_KEYS:
+            return f"{key} is now {_MOVED_KEYS[key]}"
         close = difflib.get_close_matches(str(fault["loc"][-1]), _all_keys(), n=1)
         hint = f", did you mean {close[0]}?" if close else ""
         return f"unknown key {key}{hint}"
@@ -272,6 +354,10 @@ def _anchor_paths(settings: SessionSettings, folder: Path) -> SessionSettings:
     def anchor(path: Path | None) -> Path | None:
         return None if path is None else (folder / path.expanduser()).absolute()
 
+    def anchor_program(path: Path | None) -> Path | None:
+        # A bare name is a program that is looked up.
+        return path if path is None or path.parent == Path() else anchor(path)
+
     return settings.model_copy(
         update={
             "movies": anchor(settings.movies),
@@ -282,5 +368,11 @@ def _anchor_paths(settings: SessionSettings, folder: Path) -> SessionSettings:
                 update={"gain": anchor(settings.acquisition.gain)}
             ),
             "ranker": settings.ranker.model_copy(update={"model": anchor(settings.ranker.model)}),
+            "particle": settings.particle.model_copy(
+                update={
+                    "topaz_executable": anchor_program(settings.particle.topaz_executable),
+                    "topaz_model": anchor(settings.particle.topaz_model),
+                }
+            ),
         }
     )

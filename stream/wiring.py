@@ -87,8 +87,14 @@ def _preprocess_settings(settings: SessionSettings) -> PreprocessSettings:
         gain_flip_x=a.gain_flip_x,
         gain_flip_y=a.gain_flip_y,
         gain_rotate_deg=a.gain_rotate_deg,
+        gain_convention=a.gain_convention,
         eer_fractions=a.eer_fractions,
+        eer_dose_per_fraction_e_per_angstrom2=a.eer_dose_per_fraction_e_per_angstrom2,
+        eer_upsampling=a.eer_upsampling,
         particle_diameter_angstrom=p.diameter_angstrom,
+        picker=p.picker,
+        topaz_executable=p.topaz_executable,
+        topaz_model=p.topaz_model,
         **{key: value for key, value in given.items() if value is not None},
     )
 
@@ -118,6 +124,9 @@ def build_source(settings: SessionSettings, controller: Controller) -> ExposureS
         gain_flip_x=a.gain_flip_x,
         gain_flip_y=a.gain_flip_y,
         gain_rotate_deg=a.gain_rotate_deg,
+        gain_convention=a.gain_convention,
+        is_gain_orientation_sought=a.gain_orientation == "auto",
+        eer_upsampling=a.eer_upsampling,
     )
     # A file that was refused for the settings' sake may be right by today's settings.
     known = [

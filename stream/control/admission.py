@@ -1,7 +1,8 @@
 """Backpressure: small policies, each able to say "not now" and why.
 
 A policy sees a few counts and answers None (go) or the reason to wait. One item may always move when
-nothing is in work, except while draining or while the disk is full.
+nothing is in work, except while draining, while the disk is full, or while the gain reference's orientation is
+not known.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from stream.records.values import Stage
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """What admission may look at."""
+    """What admission may look at; `gain_hold` is why the gain reference cannot be used yet."""
 
     n_in_flight: int
     n_waiting_downstream: int
     is_draining: bool
     is_disk_low: bool
+    gain_hold: str | None = None
 
 
 Policy = Callable[[Stage, Load, ControllerSettings], str | None]
@@ -34,6 +36,11 @@ def refuse_while_draining(stage: Stage, load: Load, settings: ControllerSettings
 def refuse_while_disk_is_low(stage: Stage, load: Load, settings: ControllerSettings) -> str | None:  # noqa: ARG001
     """Write nothing while free space is under the reserve."""
     return "free disk space is under the reserve" if load.is_disk_low else None
+
+
+def refuse_while_gain_is_unknown(stage: Stage, load: Load, settings: ControllerSettings) -> str | None:  # noqa: ARG001
+    """Preprocess no movie before it is known how its gain reference is turned."""
+    return load.gain_hold if stage is Stage.PREPROCESS else None
 
 
 def refuse_over_cap(stage: Stage, load: Load, settings: ControllerSettings) -> str | None:
@@ -56,6 +63,7 @@ def refuse_while_downstream_is_full(stage: Stage, load: Load, settings: Controll
 POLICIES: tuple[Policy, ...] = (
     refuse_while_draining,
     refuse_while_disk_is_low,
+    refuse_while_gain_is_unknown,
     refuse_over_cap,
     refuse_while_downstream_is_full,
 )

@@ -1,8 +1,11 @@
 """Life of an exposure: where each one is, and which moves are legal.
 
 waiting ──▶ in work ──▶ waiting (next stage) ──▶ … ──▶ done
-▲           │  └────────▶ rejected (a quality limit)
+▲  │        │  │                                       ▲ │
+│  └────────┼──┴────────▶ rejected (a limit or a word) ┴─┘
 └───────────┴───────────▶ quarantined (bad input, or a stage that failed too often)
+
+A rejected exposure that is accepted again goes on where it was: back to done with its scores, or to be ranked.
 """
 
 from __future__ import annotations
@@ -11,8 +14,17 @@ from array import array
 from dataclasses import dataclass
 from enum import Enum
 
+from stream.control.quality import OVERRULED, Breach, QualityFigures, judge
 from stream.records.errors import InvariantError
-from stream.records.values import Exposure, ExposureId, FileIdentity, HalfSet, PreprocessResult, Stage
+from stream.records.values import (
+    Exposure,
+    ExposureId,
+    FileIdentity,
+    HalfSet,
+    PreprocessResult,
+    QualityLimits,
+    Stage,
+)
 
 
 class ExposureState(Enum):
@@ -26,12 +38,14 @@ class ExposureState(Enum):
 
 
 LEGAL_MOVES: dict[ExposureState, frozenset[ExposureState]] = {
-    ExposureState.WAITING: frozenset({ExposureState.IN_WORK, ExposureState.QUARANTINED}),
+    ExposureState.WAITING: frozenset(
+        {ExposureState.IN_WORK, ExposureState.REJECTED, ExposureState.QUARANTINED}
+    ),
     ExposureState.IN_WORK: frozenset(
         {ExposureState.WAITING, ExposureState.DONE, ExposureState.REJECTED, ExposureState.QUARANTINED}
     ),
-    ExposureState.DONE: frozenset({ExposureState.WAITING}),
-    ExposureState.REJECTED: frozenset({ExposureState.WAITING}),
+    ExposureState.DONE: frozenset({ExposureState.WAITING, ExposureState.REJECTED}),
+    ExposureState.REJECTED: frozenset({ExposureState.WAITING, ExposureState.REJECTED, ExposureState.DONE}),
     ExposureState.QUARANTINED: frozenset({ExposureState.WAITING, ExposureState.QUARANTINED}),
 }
 
@@ -40,8 +54,9 @@ LEGAL_MOVES: dict[ExposureState, frozenset[ExposureState]] = {
 class ExposureRecord:
     """What the controller knows of one exposure.
 
-    `preprocessed` is dropped once it is ranked; `file_in_work` is the version of the file that preprocessing
-    was given.
+    `preprocessed` is dropped once it is ranked; `figures` stay, so that it can be judged again. `file_in_work`
+    is the version of the file that preprocessing was given, `half_set_weight` the particles it counts with in
+    its half-set. `overruled_as` is a person's word (True = accepted), which wins over every limit.
     """
 
     exposure_id: ExposureId
@@ -61,6 +76,19 @@ class ExposureRecord:
     model_hash: str = ""
     score_histogram: array[int] | None = None
     pixel_size_angstrom: float | None = None
+    half_set_weight: int = 0
+    figures: QualityFigures | None = None
+    rejected_by: str = ""
+    overruled_as: bool | None = None
+    overruled_because: str = ""
+
+    def find_breach(self, limits: QualityLimits) -> Breach | None:
+        """Return why the exposure is not to be used, or None: a person's word first, then the limits."""
+        if self.overruled_as is not None:
+            if self.overruled_as:
+                return None
+            return Breach(rule=OVERRULED, reason=f"rejected by hand: {self.overruled_because}")
+        return None if self.figures is None else judge(self.figures, limits)
 
     def move(self, target: ExposureState, reason: str = "") -> None:
         """Change state, or raise with the item's story when the move is not legal."""

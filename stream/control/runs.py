@@ -45,6 +45,24 @@ def find_reason_to_run(n_particles: int, n_last_run: int | None, settings: Contr
     )
 
 
+def find_reason_to_rerun(
+    n_lost: int, n_particles: int, n_last_run: int | None, settings: ControllerSettings
+) -> str | None:
+    """Return why a run is due because particles of the last one were rejected since, or None.
+
+    `n_lost` are those that the last run used and that count no more, `n_particles` those that count now. What
+    was accepted again needs no rule of its own: it is growth.
+    """
+    if not n_last_run or n_lost <= settings.rerun_loss_fraction * n_last_run:
+        return None
+    if n_particles < settings.final_run_min_particles:
+        return None
+    return (
+        f"{n_lost} of the last run's {n_last_run} particles have been rejected since "
+        f"(rule: more than {settings.rerun_loss_fraction:g} of them), {n_particles} are left"
+    )
+
+
 def find_reason_for_final_run(
     n_particles: int, n_last_run: int | None, settings: ControllerSettings
 ) -> str | None:
@@ -57,6 +75,14 @@ def find_reason_for_final_run(
 def is_accepted(result: RunResult, settings: ControllerSettings) -> bool:
     """Tell whether a result may become the accepted map: resolved, and not below the cFAR bound."""
     return result.resolution_angstrom is not None and (result.cfar or 0.0) >= settings.cfar_bound
+
+
+def choose_template(best: RunResult | None, settings: ControllerSettings) -> RunId | None:
+    """Return the run whose map new micrographs are picked with, or None while blobs have to do."""
+    if best is None or best.resolution_angstrom is None or not settings.is_picking_by_template:
+        return None
+    limit = settings.template_min_resolution_angstrom
+    return best.run_id if best.resolution_angstrom <= limit else None
 
 
 def select_best(results: Sequence[RunResult], settings: ControllerSettings) -> RunResult | None:

@@ -68,21 +68,29 @@ class GainOriented:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QualityLimitsChanged:
-    """Somebody set the limits that exposures are accepted by; every exposure is judged again."""
+    """Somebody set the limits that exposures are accepted by; every exposure is judged again.
+
+    `request_id` names the request that asked for it, so that none takes effect twice; "" when none did.
+    """
 
     at: float
     limits: QualityLimits
     reason: str
+    request_id: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExposureOverruled:
-    """Somebody accepted or rejected an exposure whatever the limits say; None takes that back."""
+    """Somebody accepted or rejected an exposure whatever the limits say; None takes that back.
+
+    `request_id` names the request that asked for it, so that none takes effect twice; "" when none did.
+    """
 
     at: float
     exposure_id: ExposureId
     is_accepted: bool | None
     reason: str
+    request_id: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

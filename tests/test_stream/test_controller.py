@@ -8,6 +8,17 @@ import pytest
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
+from story import (
+    found,
+    make_exposure,
+    make_file,
+    moved,
+    play,
+    preprocessed,
+    rank_one,
+    ranked,
+    run_result,
+)
 
 from stream.control.controller import Controller
 from stream.control.exposures import ExposureState
@@ -19,27 +30,22 @@ from stream.records.events import (
     DiskSpaceChanged,
     DrainRequested,
     Event,
-    ExposureFound,
-    ExposurePreprocessed,
-    ExposureRanked,
+    ExposureOverruled,
     FileRejected,
+    GainOriented,
     InputEnded,
+    QualityLimitsChanged,
     RunEnded,
     RunFailed,
     SessionOpened,
     StageFailed,
 )
 from stream.records.values import (
-    AcquisitionMetadata,
-    Exposure,
     ExposureId,
     FailureKind,
-    FileIdentity,
-    InputKind,
-    PreprocessResult,
-    RankResult,
+    GainOrientation,
+    QualityLimits,
     RunId,
-    RunResult,
     Stage,
 )
 
@@ -50,92 +56,6 @@ SETTINGS = ControllerSettings(
     max_in_flight_preprocess=2,
     max_in_flight_rank=2,
 )
-
-
-def make_file(name: str, version: int = 0) -> FileIdentity:
-    return FileIdentity(
-        path=f"/in/{name}", size_bytes=10, mtime_ns=version, inode=1, fingerprint=f"{name}{version}"
-    )
-
-
-def make_exposure(name: str, version: int = 0) -> Exposure:
-    return Exposure(
-        exposure_id=ExposureId(name),
-        name=name,
-        kind=InputKind.MOVIE,
-        file=make_file(name, version),
-        n_frames=4,
-        shape_yx=(8, 8),
-        metadata=AcquisitionMetadata(),
-    )
-
-
-def found(name: str, version: int = 0) -> ExposureFound:
-    return ExposureFound(at=0.0, exposure=make_exposure(name, version))
-
-
-def preprocessed(name: str, n_particles: int = 60) -> ExposurePreprocessed:
-    result = PreprocessResult(
-        exposure_id=ExposureId(name),
-        micrograph=f"micrographs/{name}.mrc",
-        thumbnail=None,
-        particles=f"particles/{name}.mrcs" if n_particles else None,
-        n_picks=n_particles,
-        n_particles=n_particles,
-        n_excluded_particles=0,
-        box_size_px=32,
-        pixel_size_angstrom=2.0,
-        motion=None,
-        ctf=None,
-        ice_ratio=None,
-        seconds={},
-    )
-    return ExposurePreprocessed(at=1.0, result=result)
-
-
-def ranked(name: str, n_good: int = 60, n_bad: int = 0) -> ExposureRanked:
-    histogram = [0] * 100
-    histogram[80], histogram[10] = n_good, n_bad
-    result = RankResult(
-        exposure_id=ExposureId(name),
-        model_hash="m",
-        n_scored=n_good + n_bad,
-        n_excluded=0,
-        n_cache_hits=0,
-        score_histogram=tuple(histogram),
-        seconds={},
-    )
-    return ExposureRanked(at=2.0, result=result)
-
-
-def run_result(
-    run_id: str, *, resolution: float | None = 8.0, cfar: float | None = 0.6, n: int = 100
-) -> RunResult:
-    return RunResult(
-        run_id=RunId(run_id),
-        engine="embedded",
-        n_particles=n,
-        symmetry="C1",
-        resolution_angstrom=resolution,
-        cfar=cfar,
-        cfar_null=0.6,
-        scf_star=0.9,
-        note="",
-        folder=f"runs/{run_id}",
-        seconds={},
-    )
-
-
-def play(controller: Controller, *events: Event) -> list[object]:
-    commands: list[object] = []
-    for event in events:
-        commands = list(controller.handle(event))
-        controller.check_invariants()
-    return commands
-
-
-def rank_one(controller: Controller, name: str, n_good: int) -> list[object]:
-    return play(controller, found(name), preprocessed(name, n_good), ranked(name, n_good))
 
 
 def test_a_found_movie_is_preprocessed_then_ranked_then_done() -> None:
@@ -302,18 +222,28 @@ def test_a_restart_issues_again_what_had_no_outcome_and_the_same_run() -> None:
     assert before.runs == after.runs
 
 
-def test_limits_on_quality_reject_with_the_value_and_the_rule() -> None:
-    controller = Controller(replace(SETTINGS, max_total_motion_angstrom=5.0))
-    play(controller, found("a"))
-    from stream.records.values import MotionSummary
+def test_new_micrographs_are_picked_with_the_accepted_map_once_it_is_good_enough() -> None:
+    controller = Controller(
+        replace(SETTINGS, is_picking_by_template=True, template_min_resolution_angstrom=20.0)
+    )
+    rank_one(controller, "a", 100)
+    play(controller, RunEnded(at=3.0, result=run_result("run001", resolution=25.0, n=100)))
+    assert play(controller, found("b")) == [Preprocess(exposure=make_exposure("b"))]
+    play(controller, preprocessed("b", 100), ranked("b", 100))
+    play(controller, RunEnded(at=4.0, result=run_result("run002", resolution=12.0, n=200)))
+    for name in "cd":
+        assert play(controller, found(name)) == [
+            Preprocess(exposure=make_exposure(name), template_run=RunId("run002"))
+        ]
+    said = [d for d in controller.decisions if "templates of run002" in d.what]
+    assert [d.why for d in said] == ["its map has reached 20 Å"]
 
-    motion = MotionSummary(total_motion_angstrom=9.0, early_motion_angstrom=5.0, late_motion_angstrom=4.0)
-    event = preprocessed("a")
-    play(controller, replace(event, result=replace(event.result, motion=motion)))
-    record = controller.exposures[ExposureId("a")]
-    assert record.state is ExposureState.REJECTED
-    assert "9.0 Å" in record.reason
-    assert "5.0 Å" in record.reason
+
+def test_blobs_are_picked_whatever_the_map_unless_templates_were_asked_for() -> None:
+    controller = Controller(SETTINGS)
+    rank_one(controller, "a", 100)
+    play(controller, RunEnded(at=3.0, result=run_result("run001", resolution=8.0)))
+    assert play(controller, found("b")) == [Preprocess(exposure=make_exposure("b"))]
 
 
 def test_an_illegal_move_tells_the_items_story() -> None:
@@ -327,10 +257,11 @@ class AnyHistory(RuleBasedStateMachine):
     """Arrivals, outcomes, late and double outcomes, changes, restarts and runs in any order."""
 
     names = Bundle("names")
+    settings = SETTINGS
 
     @initialize()
     def begin(self) -> None:
-        self.controller = Controller(SETTINGS)
+        self.controller = Controller(self.settings)
         self.log: list[Event] = []
         self.n_starts: dict[str, int] = {}
 
@@ -354,9 +285,22 @@ class AnyHistory(RuleBasedStateMachine):
             FileRejected(at=0.0, exposure_id=ExposureId(name), name=name, file=make_file(name), reason="bad")
         )
 
-    @rule(name=names, n=st.integers(0, 90))
-    def preprocess(self, name: str, n: int) -> None:
-        self.tell(preprocessed(name, n))
+    @rule(name=names, n=st.integers(0, 90), motion=st.floats(0, 10))
+    def preprocess(self, name: str, n: int, motion: float) -> None:
+        self.tell(preprocessed(name, n, motion=moved(motion)))
+
+    @rule(limit=st.one_of(st.none(), st.floats(0, 10)))
+    def limit_motion(self, limit: float | None) -> None:
+        limits = QualityLimits(max_total_motion_angstrom=limit)
+        self.tell(QualityLimitsChanged(at=0.0, limits=limits, reason=""))
+
+    @rule(name=names, is_accepted=st.sampled_from([True, False, None]))
+    def overrule(self, name: str, is_accepted: bool | None) -> None:
+        self.tell(ExposureOverruled(at=0.0, exposure_id=ExposureId(name), is_accepted=is_accepted, reason=""))
+
+    @rule(orientation=st.sampled_from([None, GainOrientation(), GainOrientation(flip_y=True)]))
+    def orient_gain(self, orientation: GainOrientation | None) -> None:
+        self.tell(GainOriented(at=0.0, orientation=orientation, contrast=1.0, n_movies=1, note="x"))
 
     @rule(name=names, n=st.integers(0, 90), bad=st.integers(0, 50))
     def rank(self, name: str, n: int, bad: int) -> None:
@@ -397,12 +341,23 @@ class AnyHistory(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "controller"):
-            again = Controller(SETTINGS)
+            again = Controller(self.settings)
             for event in self.log:
                 again.handle(event)
             assert again.exposures == self.controller.exposures
             assert again.runs == self.controller.runs
 
 
+class AnyHistoryWithGain(AnyHistory):
+    """The same, with a gain reference whose orientation has to be found first."""
+
+    settings = replace(SETTINGS, is_gain_orientation_sought=True)
+
+
 AnyHistory.TestCase.settings = hypothesis_settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestAnyHistory = AnyHistory.TestCase
+
+AnyHistoryWithGain.TestCase.settings = hypothesis_settings(
+    max_examples=40, stateful_step_count=40, deadline=None
+)
+TestAnyHistoryWithGain = AnyHistoryWithGain.TestCase
