@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from actors.engines.base import EngineSettings
+from actors.preprocess.gain import OrientedGain, orient_session_gain
 from actors.preprocess.settings import PreprocessSettings
-from stream.records.commands import Preprocess, Rank, StartRun
+from stream.records.commands import OrientGain, Preprocess, Rank, StartRun
 from stream.records.errors import IcestreamError, InputError
 from stream.records.values import FailureKind, InputKind, PreprocessResult, RankResult, RunResult
 from stream.store.layout import OutputLayout
@@ -62,12 +63,20 @@ class Failure:
 
 
 class PreprocessHandler:
-    """Takes one exposure from its file to extracted particles."""
+    """Takes one exposure from its file to extracted particles, or finds how the gain reference lies."""
 
     def __init__(self, spec: WorkerSpec) -> None:
         self._spec = spec
 
-    def process(self, command: Preprocess) -> PreprocessResult:
+    def process(self, command: Preprocess | OrientGain) -> PreprocessResult | OrientedGain:
+        """Do what is asked: preprocess an exposure, or orient the gain reference on movies."""
+        match command:
+            case Preprocess():
+                return self._preprocess(command)
+            case OrientGain(exposures=exposures):
+                return orient_session_gain(exposures, self._spec.preprocess)
+
+    def _preprocess(self, command: Preprocess) -> PreprocessResult:
         """Preprocess a movie or a micrograph, or take over one micrograph's share of a particle file."""
         exposure, spec = command.exposure, self._spec
         if exposure.kind is InputKind.PARTICLES:
@@ -76,7 +85,13 @@ class PreprocessHandler:
             return import_particles(exposure, spec.source, spec.preprocess, spec.layout)
         from actors.preprocess.exposure import preprocess_exposure
 
-        return preprocess_exposure(exposure, spec.preprocess, spec.layout)
+        return preprocess_exposure(
+            exposure,
+            spec.preprocess,
+            spec.layout,
+            gain_orientation=command.gain_orientation,
+            template_run=command.template_run,
+        )
 
 
 class RankHandler:

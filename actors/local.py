@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 from actors.handlers import PreprocessHandler, RankHandler, RunHandler, WorkerSpec, attempt
 from actors.outcomes import WorkCommand, WorkOutcome, event_for, item_of
-from stream.records.commands import Command, Preprocess, Rank, StartRun
+from stream.records.commands import Command, OrientGain, Preprocess, Rank, StartRun
 from stream.records.events import Event
 
 
@@ -49,7 +49,7 @@ class LocalRuntime:
 
     def _process(self, command: WorkCommand) -> WorkOutcome:
         match command:
-            case Preprocess():
+            case Preprocess() | OrientGain():
                 return self._preprocess.process(command)
             case Rank():
                 self._rank = self._rank or RankHandler(self._spec)

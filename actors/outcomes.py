@@ -5,19 +5,21 @@ from __future__ import annotations
 from typing import assert_never
 
 from actors.handlers import Failure
-from stream.records.commands import Preprocess, Rank, StartRun
+from actors.preprocess.gain import OrientedGain
+from stream.records.commands import OrientGain, Preprocess, Rank, StartRun
 from stream.records.events import (
     Event,
     ExposurePreprocessed,
     ExposureRanked,
+    GainOriented,
     RunEnded,
     RunFailed,
     StageFailed,
 )
 from stream.records.values import PreprocessResult, RankResult, RunResult, Stage
 
-WorkCommand = Preprocess | Rank | StartRun
-WorkOutcome = PreprocessResult | RankResult | RunResult | Failure
+WorkCommand = Preprocess | OrientGain | Rank | StartRun
+WorkOutcome = PreprocessResult | OrientedGain | RankResult | RunResult | Failure
 
 
 def event_for(command: WorkCommand, outcome: WorkOutcome, at: float) -> Event:
@@ -27,6 +29,14 @@ def event_for(command: WorkCommand, outcome: WorkOutcome, at: float) -> Event:
             return _failure_event(command, outcome, at)
         case PreprocessResult():
             return ExposurePreprocessed(at=at, result=outcome)
+        case OrientedGain():
+            return GainOriented(
+                at=at,
+                orientation=outcome.orientation,
+                contrast=outcome.contrast,
+                n_movies=outcome.n_movies,
+                note=outcome.note,
+            )
         case RankResult():
             return ExposureRanked(at=at, result=outcome)
         case RunResult():
@@ -39,6 +49,9 @@ def _failure_event(command: WorkCommand, failure: Failure, at: float) -> Event:
     match command:
         case Preprocess(exposure=exposure):
             exposure_id, stage = exposure.exposure_id, Stage.PREPROCESS
+        case OrientGain(exposures=exposures):
+            # the question has no item of its own: it fails in the name of the first movie that it was asked about
+            exposure_id, stage = exposures[0].exposure_id, Stage.PREPROCESS
         case Rank():
             exposure_id, stage = command.exposure_id, Stage.RANK
         case StartRun(request=request):
@@ -53,6 +66,8 @@ def item_of(command: WorkCommand) -> str:
     match command:
         case Preprocess(exposure=exposure):
             return exposure.name
+        case OrientGain(exposures=exposures):
+            return f"gain orientation on {', '.join(exposure.name for exposure in exposures)}"
         case Rank(name=name):
             return name
         case StartRun(request=request):

@@ -31,7 +31,7 @@ from actors.handlers import (
     attempt,
 )
 from actors.outcomes import WorkCommand, WorkOutcome, event_for, item_of
-from stream.records.commands import Command, Preprocess, Rank, StartRun
+from stream.records.commands import Command, OrientGain, Preprocess, Rank, StartRun
 from stream.records.events import Event
 from stream.records.values import FailureKind
 
@@ -102,7 +102,7 @@ class RayRuntime:
         self._ranker = self._start("rank")
         self._engine = self._start("engine")
         self._idle = deque(self._preprocessors)
-        self._waiting: deque[Preprocess] = deque()
+        self._waiting: deque[Preprocess | OrientGain] = deque()
         self._in_work: dict[Any, _InWork] = {}
         self._answers: list[Event] = []
         self._restarts = Counter(preprocess=0, rank=0, engine=0)
@@ -110,7 +110,7 @@ class RayRuntime:
     def submit(self, command: Command) -> None:
         """Send a command to an actor, or hold it until a preprocessing actor is idle."""
         match command:
-            case Preprocess():
+            case Preprocess() | OrientGain():
                 self._waiting.append(command)
                 self._feed()
             case Rank():
@@ -165,7 +165,7 @@ class RayRuntime:
         self._answer(work, outcome)
 
     def _answer(self, work: _InWork, outcome: WorkOutcome) -> None:
-        if isinstance(work.command, Preprocess):
+        if isinstance(work.command, Preprocess | OrientGain):
             self._idle.append(work.actor)
         self._answers.append(event_for(work.command, outcome, self._clock()))
 
@@ -220,7 +220,7 @@ class RayRuntime:
 
 def _pool_of(command: WorkCommand) -> str:
     match command:
-        case Preprocess():
+        case Preprocess() | OrientGain():
             return "preprocess"
         case Rank():
             return "rank"

@@ -98,6 +98,30 @@ def orient_gain(
     )
 
 
+def upsample_gain(gain: GainReference, shape_yx: tuple[int, int], *, factor: int) -> GainReference:
+    """Spread a reference of the sensor's pixels over frames that are `factor` times finer; others stay as they are.
+
+    Events of one sensor pixel share its gain wherever within it they are placed.
+    """
+    if factor == 1 or (gain.shape_yx[0] * factor, gain.shape_yx[1] * factor) != shape_yx:
+        return gain
+
+    def spread(image: NDArray[np.generic]) -> NDArray[np.generic]:
+        return image.repeat(factor, axis=0).repeat(factor, axis=1)
+
+    return GainReference(
+        path=gain.path,
+        values=spread(gain.values).astype(np.float32, copy=False),
+        defect_mask=spread(gain.defect_mask).astype(np.bool_, copy=False),
+    )
+
+
+def check_gain_turned(gain: GainReference, movie_shape_yx: tuple[int, int], item: object) -> None:
+    """Refuse a reference that has the movie's shape in no orientation, as `check_gain` does for one."""
+    if gain.shape_yx != movie_shape_yx[::-1]:
+        check_gain(gain, movie_shape_yx, item)
+
+
 def check_gain(gain: GainReference, movie_shape_yx: tuple[int, int], item: object) -> None:
     """Refuse a gain reference whose shape is not the movie's; say what would make it fit.
 

@@ -10,18 +10,18 @@ Frames of odd width or height are taken as they are.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import imagecodecs
 import numpy as np
 import tifffile
 from numpy.typing import NDArray
 
+from stream.ingest.eer import EerUpsampling, split_into_fractions, sum_events
 from stream.ingest.files import fingerprint_file, identify_file, translate_os_error
 from stream.ingest.mrc_layout import HEADER_BYTES, MrcLayout, is_mrc, looks_like_old_mrc, read_mrc_layout
 from stream.ingest.tiff_layout import TiffDirectory, is_tiff, read_tiff_layout
@@ -35,8 +35,10 @@ __all__ = [
     "identify_file",
     "inspect_micrograph",
     "inspect_movie",
+    "iterate_chosen",
     "iterate_frames",
     "iterate_unchecked",
+    "iterated_shape",
     "n_iterated_frames",
     "read_micrograph",
 ]
@@ -139,14 +141,25 @@ def n_iterated_frames(header: MovieHeader, *, eer_fractions: int | None = None) 
     return min(eer_fractions, header.n_frames)
 
 
-def iterate_frames(path: str | Path, *, eer_fractions: int | None = None) -> Iterator[Frame]:
+def iterated_shape(header: MovieHeader, *, eer_upsampling: EerUpsampling = 1) -> tuple[int, int]:
+    """Return the shape of the frames that `iterate_frames` gives."""
+    if header.format is not MovieFormat.EER:
+        return header.shape_yx
+    return eer_upsampling * header.shape_yx[0], eer_upsampling * header.shape_yx[1]
+
+
+def iterate_frames(
+    path: str | Path, *, eer_fractions: int | None = None, eer_upsampling: EerUpsampling = 1
+) -> Iterator[Frame]:
     """Yield the frames `(h w)` in order: uint8 where the file has unsigned bytes or events, else float32.
 
     Parameters
     ----------
     eer_fractions
-        Number of dose fractions into which the frames of an EER are summed; fraction k of F holds frames
-        ⌊kn/F⌋ to ⌊(k+1)n/F⌋ so that no electron is dropped. None gives the raw frames.
+        Number of dose fractions into which the frames of an EER are summed (see `split_into_fractions`). None
+        gives the raw frames.
+    eer_upsampling
+        2 renders the events of an EER on twice as many pixels a side.
 
     Raises
     ------
@@ -158,11 +171,12 @@ def iterate_frames(path: str | Path, *, eer_fractions: int | None = None) -> Ite
     if eer_fractions is not None and eer_fractions < 1:
         raise InputError(item, "the number of EER fractions is at least 1", eer_fractions)
     has_signal = False
-    frames = _iterate_raw(path, header, header.frame_indices)
-    if header.format is MovieFormat.EER and eer_fractions is not None:
-        frames = _sum_fractions(
-            frames, header.n_frames, n_iterated_frames(header, eer_fractions=eer_fractions)
-        )
+    if header.format is MovieFormat.EER:
+        n_fractions = n_iterated_frames(header, eer_fractions=eer_fractions)
+        groups = split_into_fractions(header.frame_indices, n_fractions)
+        frames = _iterate_eer(path, header, groups, eer_upsampling)
+    else:
+        frames = _iterate_raw(path, header, header.frame_indices)
     for index, frame in enumerate(frames):
         _check_finite(frame, item, index)
         has_signal = has_signal or bool(frame.any())
@@ -185,6 +199,14 @@ def check_content(path: str | Path, header: MovieHeader) -> None:
     if is_flat:
         value = f"{len(picks)} frames looked at, each of one value"
         raise InputError(path, "a movie has signal (it is all zero or constant)", value)
+
+
+def iterate_chosen(path: str | Path, header: MovieHeader, positions: Sequence[int]) -> Iterator[Frame]:
+    """Yield the raw frames at these positions (0 is the first frame), checked for NaN alone."""
+    chosen = tuple(header.frame_indices[position] for position in positions)
+    for position, frame in zip(positions, _iterate_raw(path, header, chosen), strict=True):
+        _check_finite(frame, str(path), position)
+        yield frame
 
 
 def iterate_unchecked(path: str | Path, header: MovieHeader) -> Iterator[Frame]:
@@ -264,10 +286,25 @@ def _iterate_raw(path: str | Path, header: MovieHeader, indices: tuple[int, ...]
     if header.format is MovieFormat.MRC:
         yield from _iterate_mrc(path, indices)
         return
+    if header.format is MovieFormat.EER:
+        yield from _iterate_eer(path, header, [(index,) for index in indices], 1)
+        return
     with _open_tiff(path) as tiff:
         tiff.pages.cache = False  # keep one page's tags in memory, not thousands
         for index in indices:
             yield _as_frame(_decode(tiff, index, str(path)))
+
+
+def _iterate_eer(
+    path: str | Path, header: MovieHeader, groups: Sequence[tuple[int, ...]], upsampling: EerUpsampling
+) -> Iterator[Frame]:
+    item = str(path)
+    with _open_tiff(path) as tiff:
+        tiff.pages.cache = False
+        for group in groups:
+            with _naming_frames(item, group):
+                total = sum_events(tiff, group, item, shape_yx=header.shape_yx, upsampling=upsampling)
+            yield _as_frame(total)
 
 
 @contextmanager
@@ -283,16 +320,24 @@ def _open_tiff(path: str | Path) -> Iterator[Any]:
 
 
 def _decode(tiff: Any, index: int, item: str) -> NDArray[Any]:  # noqa: ANN401 - tifffile has no types
-    try:
-        page = tiff.pages[index]
-        image: NDArray[Any] = page.asarray(maxworkers=1)
-    except OSError as error:
-        raise translate_os_error(item, error) from error
-    except _DECODE_ERRORS as error:
-        raise InputError(item, "every frame decodes", f"frame {index + 1}: {error}") from error
+    with _naming_frames(item, (index,)):
+        image: NDArray[Any] = tiff.pages[index].asarray(maxworkers=1)
     if image.ndim != 2:
         raise InputError(item, "a frame has two axes", f"frame {index + 1}: {image.shape}")
     return image
+
+
+@contextmanager
+def _naming_frames(item: str, indices: Sequence[int]) -> Iterator[None]:
+    """Turn what decoding raises into an error that names the file and the frames."""
+    try:
+        yield
+    except OSError as error:
+        raise translate_os_error(item, error) from error
+    except _DECODE_ERRORS as error:
+        first, last = indices[0] + 1, indices[-1] + 1
+        frames = f"frame {first}" if first == last else f"frames {first} to {last}"
+        raise InputError(item, "every frame decodes", f"{frames}: {error}") from error
 
 
 def _iterate_mrc(path: str | Path, indices: tuple[int, ...]) -> Iterator[Frame]:
@@ -321,17 +366,6 @@ def _as_frame(image: NDArray[Any]) -> Frame:
         return image.astype(np.float32)
 
 
-def _sum_fractions(frames: Iterator[Frame], n_frames: int, n_fractions: int) -> Iterator[Frame]:
-    for fraction in range(n_fractions):
-        count = (fraction + 1) * n_frames // n_fractions - fraction * n_frames // n_fractions
-        first = next(frames)
-        # One frame has at most one event per pixel, so 255 frames fit into a byte.
-        total = first.astype(np.uint8 if count <= 255 else np.float32)
-        for _ in range(count - 1):
-            np.add(total, next(frames), out=total, casting="unsafe")
-        yield _as_frame(total)
-
-
 def _check_finite(frame: Frame, item: str, index: int) -> None:
     if frame.dtype == np.uint8:
         return
@@ -352,6 +386,3 @@ def _shape(shape_yx: tuple[int, int]) -> str:
 def _describe(head: bytes) -> str:
     text = f"first bytes {head[:4].hex(' ')}"
     return text if len(head) >= HEADER_BYTES else f"{text}, {len(head)} bytes in all"
-
-
-_ = imagecodecs  # tifffile finds its codecs there; the import makes a missing package fail at start

@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from stream.ingest.eer import EerUpsampling
 from stream.ingest.files import fingerprint_file, translate_os_error
 from stream.ingest.gain import GainConvention
 from stream.ingest.settle import UNREADABLE_STAT, FileStat, FileState, SettleGuard
@@ -60,7 +61,8 @@ class SourceSettings:
     `root` is a folder, or for particles the STAR, .cs or .mrcs file; `particle_root` is the folder to which
     paths in it are relative, where that is not one of its parents; without `require_ctf` particles are taken that
     can be scored but not reconstructed (bare stacks). `metadata_wait_s` is how long a movie waits
-    for its EPU XML or mdoc. `n_readers` threads judge files, at most `max_in_check` at a time.
+    for its EPU XML or mdoc. Where the gain's orientation is sought, its shape may be the movie's turned by 90 degrees.
+    `n_readers` threads judge files, at most `max_in_check` at a time.
     """
 
     root: Path
@@ -83,6 +85,8 @@ class SourceSettings:
     gain_flip_y: bool = False
     gain_rotate_deg: int = 0
     gain_convention: GainConvention = "auto"
+    is_gain_orientation_sought: bool = False
+    eer_upsampling: EerUpsampling = 1
     particle_root: Path | None = None
     require_ctf: bool = True
     n_readers: int = 2
@@ -109,6 +113,8 @@ class SourceSettings:
             flip_y=self.gain_flip_y,
             rotate_deg=self.gain_rotate_deg,
             convention=self.gain_convention,
+            is_orientation_sought=self.is_gain_orientation_sought,
+            eer_upsampling=self.eer_upsampling,
         )
 
 

@@ -13,10 +13,24 @@ from pathlib import Path
 
 import numpy as np
 
+from stream.ingest.eer import EerUpsampling
 from stream.ingest.files import identify_file
-from stream.ingest.gain import GainConvention, GainReference, check_gain, orient_gain, read_gain
+from stream.ingest.gain import (
+    GainConvention,
+    GainReference,
+    check_gain,
+    check_gain_turned,
+    orient_gain,
+    read_gain,
+)
 from stream.ingest.metadata import Sidecar, check_against_configuration, find_sidecar, read_sidecar
-from stream.ingest.movie_reader import MovieHeader, check_content, inspect_micrograph, inspect_movie
+from stream.ingest.movie_reader import (
+    MovieHeader,
+    check_content,
+    inspect_micrograph,
+    inspect_movie,
+    iterated_shape,
+)
 from stream.ingest.particle_sets import read_particle_table, split_by_micrograph
 from stream.records.errors import ConfigurationError, InputError
 from stream.records.particles import derive_exposure_id
@@ -25,13 +39,15 @@ from stream.records.values import AcquisitionMetadata, Exposure, FileIdentity, I
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GainSettings:
-    """Which gain reference, how it lies and which way it applies."""
+    """Which gain reference, how it lies (or that this is yet to be found) and which way it applies."""
 
     path: Path
     flip_x: bool = False
     flip_y: bool = False
     rotate_deg: int = 0
     convention: GainConvention = "auto"
+    is_orientation_sought: bool = False
+    eer_upsampling: EerUpsampling = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +81,10 @@ class GainCheck:
                         f"gain reference {error.item}", error.rule, error.value
                     ) from error
                 self._gain = orient_gain(raw, flip_x=s.flip_x, flip_y=s.flip_y, rotate_deg=s.rotate_deg)
-        check_gain(self._gain, header.shape_yx, item)
+        if s.is_orientation_sought:
+            check_gain_turned(self._gain, header.shape_yx, item)
+        elif self._gain.shape_yx != header.shape_yx:  # one of the sensor's pixels holds for up-sampled frames, too
+            check_gain(self._gain, iterated_shape(header, eer_upsampling=s.eer_upsampling), item)
 
 
 def validate_image_file(

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tifffile
 
-from stream.ingest.gain import check_gain, orient_gain, read_gain
+from stream.ingest.gain import check_gain, check_gain_turned, orient_gain, read_gain, upsample_gain
 from stream.records.errors import ConfigurationError, InputError
 
 
@@ -84,3 +84,22 @@ def test_a_wrong_shape_names_both_shapes_and_the_remedy(tmp_path, gain_shape, mo
 def test_a_gain_that_fits_passes(tmp_path):
     gain = read_gain(write_gain(tmp_path / "g.mrc", np.ones((20, 30))))
     check_gain(orient_gain(gain, rotate_deg=270), (30, 20), "m")
+
+
+def test_while_the_orientation_is_sought_a_turned_shape_passes_and_another_does_not(tmp_path):
+    gain = read_gain(write_gain(tmp_path / "g.mrc", np.ones((20, 30))))
+    check_gain_turned(gain, (20, 30), "m")
+    check_gain_turned(gain, (30, 20), "m")
+    with pytest.raises(ConfigurationError, match=r"gain 20 x 30, movie 20 x 32"):
+        check_gain_turned(gain, (20, 32), "m")
+
+
+def test_a_reference_of_the_sensor_is_spread_over_up_sampled_frames(tmp_path):
+    values = np.arange(1.0, 7.0).reshape(2, 3)
+    values[0, 1] = 0
+    gain = read_gain(write_gain(tmp_path / "g.mrc", values))
+    fine = upsample_gain(gain, (4, 6), factor=2)
+    np.testing.assert_array_equal(fine.values[::2, ::2], gain.values)
+    np.testing.assert_array_equal(fine.values[1::2, 1::2], gain.values)
+    assert fine.defect_mask.sum() == 4
+    assert upsample_gain(gain, (2, 3), factor=2) is gain  # frames of the sensor's own pixels
