@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from models.cryo_ief.config import Head, VitConfig
 from models.cryo_ief.timm_door import load_timm
+from models.cryo_ief.workers import SharedBatchNorm
 
 _LAYER_NORM_EPS = 1e-6
 _BATCH_NORM_EPS = 1e-5
 
 
-class TokenBatchNorm(nn.BatchNorm1d):
-    """BatchNorm of tokens `(b, n, c)`: one mean and variance per channel over all b·n tokens."""
+class TokenBatchNorm(SharedBatchNorm):
+    """BatchNorm of tokens `(b, n, c)`: one mean and variance per channel over all b·n tokens of all workers."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Normalise every channel over the batch's tokens (running statistics in evaluation)."""

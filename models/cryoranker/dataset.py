@@ -136,14 +136,6 @@ def concatenate(parts: list[LabelledParticles]) -> LabelledParticles:
     )
 
 
-def grey_statistics(grey: NDArray[np.uint8]) -> tuple[float, float]:
-    """Return mean and standard deviation of grey level / 255 over all pixels."""
-    counts = np.bincount(grey.ravel(), minlength=256).astype(np.float64)
-    levels = np.arange(256) / 255.0
-    mean = float((counts * levels).sum() / counts.sum())
-    return mean, float(np.sqrt((counts * (levels - mean) ** 2).sum() / counts.sum()))
-
-
 def augment(
     grey: UInt8[Tensor, "b s s"],
     mean: float,

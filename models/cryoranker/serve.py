@@ -54,6 +54,9 @@ class OnnxRanker:
         Threads of one inference and of preprocessing. One thread per worker is the fastest layout.
     batch_size
         Particles per inference; memory grows with it.
+    outlier_sigmas
+        Replace NaN, hot and dead pixels by the image's median before scoring (`preprocess.replace_outliers`); None, the
+        released models' way, leaves them. Scores with the guard have a `model_hash` of their own.
     """
 
     def __init__(
@@ -63,14 +66,17 @@ class OnnxRanker:
         providers: Sequence[str] | None = None,
         n_threads: int = 1,
         batch_size: int = 64,
+        outlier_sigmas: float | None = None,
     ) -> None:
         if batch_size < 1 or n_threads < 1:
             msg = f"batch_size, n_threads: {batch_size}, {n_threads}, must be 1 or more"
             raise ValueError(msg)
         content = _read(path)
         self.path = path
-        self.model_hash = hashlib.sha256(content).hexdigest()
-        """SHA-256 of the file: features and scores are kept under this key."""
+        guard = b"" if outlier_sigmas is None else f"outlier_sigmas={outlier_sigmas!r}".encode()
+        self.model_hash = hashlib.sha256(content + guard).hexdigest()
+        """SHA-256 of the file (and of the guard, if on): features and scores are kept under this key."""
+        self.outlier_sigmas = outlier_sigmas
         self.n_threads = n_threads
         self.batch_size = batch_size
         self._session = _open_session(path, content, providers, n_threads)
@@ -88,7 +94,8 @@ class OnnxRanker:
     def score(self, images: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.float16]]:
         """Return scores `(b,)` in [0, 1] and unit features `(b, d)` of particle images `(b, n, n)`, protein white.
 
-        An image that holds NaN or infinity has no score: it gets NaN, and a zero feature.
+        An image that holds NaN or infinity has no score: it gets NaN, and a zero feature. With the guard on, only one
+        without a finite pixel has none.
         """
         if images.ndim != 3 or images.shape[1] != images.shape[2]:
             msg = f"images: shape {images.shape}, must be (b, n, n) with square boxes"
@@ -104,9 +111,12 @@ class OnnxRanker:
                 self.info.std,
                 self.info.resize_mode,
                 n_threads=self.n_threads,
+                outlier_sigmas=self.outlier_sigmas,
             )
             scores[part], features[part] = self.score_prepared(prepared)
-        is_bad = ~np.isfinite(images).all(axis=(1, 2))
+        is_finite = np.isfinite(images)
+        is_usable = is_finite.all(axis=(1, 2)) if self.outlier_sigmas is None else is_finite.any(axis=(1, 2))
+        is_bad = ~is_usable
         scores[is_bad] = np.nan
         features[is_bad] = 0
         return scores, features

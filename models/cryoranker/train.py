@@ -1,19 +1,18 @@
 """Training a ranker: AdamW, linear warm-up, cosine decay, L_MR + L_CE, the whole network trained.
 
-Run `python -m models.cryoranker.train CONFIG.yaml --out FOLDER`, or `icestream train cryoranker CONFIG.yaml`.
-One seed fixes simulation, initial weights, order and augmentation; on another machine or thread count the
-floating-point sums may differ in their last bits.
+`icestream train cryoranker CONFIG.yaml` calls it, here or on the workers of a Ray cluster. One seed fixes simulation, initial
+weights, order and augmentation; on another machine, thread count or number of workers the floating-point sums may differ
+in their last bits. A killed training goes on from the last state in its folder.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +21,26 @@ import torch
 from numpy.typing import NDArray
 
 from models.cryo_ief.config import Head, VitConfig, vit_config
+from models.cryo_ief.image_sets import grey_statistics
+from models.cryo_ief.layouts import load_model
+from models.cryo_ief.optimisation import build_optimiser, prepare_start, set_learning_rate
+from models.cryo_ief.settings import unknown_key
+from models.cryo_ief.training_state import TrainingState, restore_state, save_state
 from models.cryo_ief.vit import CryoVit
+from models.cryo_ief.workers import Workers, gather_rows, sum_over_workers
 from models.cryoranker.dataset import (
     LabelledParticles,
     SimulatedSet,
     augment,
-    grey_statistics,
     phantom_names,
     simulate_set_cached,
 )
 from models.cryoranker.losses import ALPHA, MARGIN, ranking_loss
 from models.cryoranker.metrics import ScoreQuality, score_quality
 from models.weights import load_checkpoint, save_checkpoint
+
+CHECKPOINT_FILE = "ranker.safetensors"
+Progress = Callable[[dict[str, float]], None]
 
 log = logging.getLogger(__name__)
 
@@ -76,16 +83,15 @@ class TrainConfig:
     evaluate_every: int = 500
     time_limit_s: float | None = None
     """Wall clock at which the cosine ends early; the decay follows the clock or the steps, whichever is ahead."""
+    checkpoint_every: int = 100
     initial_checkpoint: str | None = None
+    """A ranker to go on from, or a Cryo-IEF encoder to fine-tune (the paper's way)."""
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
-        """Build from a parsed YAML document; unknown keys raise."""
-        _refuse_unknown("training configuration", values, {f.name for f in fields(cls)})
-        given = dict(values)
-        data = given.pop("data", {})
-        _refuse_unknown("data", data, {f.name for f in fields(DataConfig)})
-        return cls(**given, data=DataConfig(**data))
+    def __post_init__(self) -> None:
+        for name in ("n_steps", "batch_size", "evaluate_every", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                msg = f"{name}: {getattr(self, name)}, must be 1 or more"
+                raise ValueError(msg)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,51 +99,40 @@ class TrainResult:
     """The checkpoint written, its hash, the curve, and the last validation figures."""
 
     checkpoint: Path
-    sha256: str
+    sha256: str | None
     validation: ScoreQuality
     curve: list[dict[str, float]]
     seconds: float
-
-
-def read_train_config(path: Path) -> TrainConfig:
-    """Read a training configuration from YAML."""
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        msg = f"{path}: not a readable YAML file ({error})"
-        raise ValueError(msg) from error
-    if not isinstance(values, dict):
-        msg = f"{path}: holds a {type(values).__name__}, a configuration is a mapping"
-        raise ValueError(msg)  # noqa: TRY004 - the file's content is a value here
-    return TrainConfig.from_dict(values)
 
 
 def train_ranker(
     config: TrainConfig,
     folder: Path,
     *,
-    on_progress: Callable[[dict[str, float]], None] | None = None,
+    workers: Workers | None = None,
+    on_progress: Progress | None = None,
 ) -> TrainResult:
     """Simulate (or reuse) the data, train, and write `ranker.safetensors` and `curve.json` into `folder`."""
+    workers = workers or Workers()
     model_config = vit_config(config.size, **{"head": Head.SOFTMAX2, **_model_changes(config.model)})
+    if not workers.is_first:
+        workers.barrier()  # the first worker simulates, the others find it in the cache
     training, validation = load_data(config, model_config)
+    if workers.is_first:
+        workers.barrier()
     mean, std = grey_statistics(training.grey)
     model_config = replace(model_config, mean=mean, std=std)
-    result = fit(model_config, config, training, validation, on_progress=on_progress)
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint = folder / "ranker.safetensors"
-    sha256 = save_checkpoint(
-        checkpoint,
-        result.model.state_dict(),
-        {
+    result = fit(model_config, config, training, validation, folder, workers=workers, on_progress=on_progress)
+    checkpoint, sha256 = folder / CHECKPOINT_FILE, None
+    if workers.is_first:
+        metadata = {
             "model": model_config.to_dict(),
             "training": asdict(config),
             "validation": asdict(result.validation),
-        },
-    )
-    (folder / "curve.json").write_text(json.dumps(result.curve, indent=1) + "\n")
+        }
+        sha256 = save_checkpoint(checkpoint, result.model.state_dict(), metadata)
+        (folder / "curve.json").write_text(json.dumps(result.curve, indent=1) + "\n")
+    workers.barrier()
     return TrainResult(
         checkpoint=checkpoint,
         sha256=sha256,
@@ -192,71 +187,105 @@ def fit(
     config: TrainConfig,
     training: LabelledParticles,
     validation: LabelledParticles,
+    folder: Path | None = None,
     *,
-    on_progress: Callable[[dict[str, float]], None] | None = None,
+    workers: Workers | None = None,
+    on_progress: Progress | None = None,
 ) -> FittedModel:
-    """Train a network on one set, watching another."""
-    torch.manual_seed(config.seed)  # initial weights: timm's initialiser takes no generator
-    model = CryoVit(model_config)
-    if config.is_start_prepared:
-        prepare_start(model)
-    if config.initial_checkpoint is not None:
-        model.load_state_dict(dict(load_checkpoint(Path(config.initial_checkpoint)).tensors), strict=True)
+    """Train a network on one set, watching another; with a folder, go on from its state and keep one there."""
+    workers = workers or Workers()
+    rows = workers.share(config.batch_size)
+    if len(training) < config.batch_size:
+        msg = f"batch_size: {config.batch_size}, must not be larger than the data ({len(training)} images)"
+        raise ValueError(msg)
+    model = initial_model(config, model_config).to(workers.device)
     generator = torch.Generator().manual_seed(config.seed)
-    optimiser = _optimiser(model, config)
-    curve: list[dict[str, float]] = []
-    start = time.monotonic()
-    running, order, step, progress = 0.0, torch.empty(0, dtype=torch.long), 0, 0.0
+    optimiser = build_optimiser(
+        model, learning_rate=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.98)
+    )
+    described = {"training": asdict(config), "n_images": len(training)}
+    state = TrainingState(step=0, seconds=0.0)
+    order = torch.empty(0, dtype=torch.long)
+    if folder is not None:
+        state = restore_state(folder, model, optimiser, described) or state
+        workers.barrier()  # nobody replaces the state before all have read it
+    if state.step:
+        generator.set_state(state.tensors["generator"])
+        order = state.tensors["order"]
+    wrapped = workers.wrap(model)
+    curve, step, running = list(state.curve), state.step, state.numbers.get("running", 0.0)
+    start = time.monotonic() - state.seconds
+    progress = _progress(config, step, state.seconds)
+    quality = evaluate(model, validation)
     while progress < 1.0:
         if len(order) < config.batch_size:
             least_snr = config.first_least_snr * max(0.0, 1.0 - 2.0 * progress)
             shown = torch.from_numpy(np.flatnonzero(training.snr >= least_snr))
             order = shown[torch.randperm(len(shown), generator=generator)]
         chosen, order = order[: config.batch_size].numpy(), order[config.batch_size :]
-        rate = _learning_rate(config, step, progress)
-        for group in optimiser.param_groups:
-            group["lr"] = rate
-        loss = _step(model, optimiser, config, training, chosen, generator)
+        set_learning_rate(optimiser, _learning_rate(config, step, progress))
+        loss = _step(wrapped, model, optimiser, config, training, chosen, generator, rows, workers.device)
         running = loss if step == 0 else 0.98 * running + 0.02 * loss
         step += 1
-        progress = _progress(config, step, time.monotonic() - start)
+        seconds = time.monotonic() - start
+        progress = _progress(config, step, seconds)
+        if workers.size > 1 and config.time_limit_s is not None:
+            progress = float(sum_over_workers(torch.tensor(progress, device=workers.device))) / workers.size
         if step % config.evaluate_every == 0 or progress >= 1.0:
             quality = evaluate(model, validation)
             point = {
                 "step": float(step),
-                "seconds": time.monotonic() - start,
+                "seconds": seconds,
                 "loss": running,
+                "learning_rate": optimiser.param_groups[0]["lr"],
                 "auc": quality.auc,
                 "good_accepted": quality.good_accepted,
                 "bad_accepted": quality.bad_accepted,
             }
             curve.append(point)
-            if on_progress is not None:
+            if on_progress is not None and workers.is_first:
                 on_progress(point)
+        is_due = step % config.checkpoint_every == 0 or progress >= 1.0
+        if folder is not None and workers.is_first and is_due:
+            now = TrainingState(
+                step=step,
+                seconds=seconds,
+                curve=curve,
+                tensors={"generator": generator.get_state(), "order": order},
+                numbers={"running": running},
+            )
+            save_state(folder, model, optimiser, now, described)
     return FittedModel(model=model.eval(), validation=quality, curve=curve, seconds=time.monotonic() - start)
 
 
-def prepare_start(model: CryoVit) -> None:
-    """Give a small network initial weights that a short training on noisy images can use.
+def initial_model(config: TrainConfig, model_config: VitConfig) -> CryoVit:
+    """Return the network at step 0: from the seed, a ranker's checkpoint, or a Cryo-IEF encoder with a fresh head.
 
-    The patch embedding's filters become a patch's 2-D cosines, lowest frequencies first and strongest: at the particles'
-    signal-to-noise ratios a random filter sees noise alone. Linear layers get Xavier's scale, because the usual
-    0.02 leaves the branches of a narrow network nearly silent. Filters beyond the patch's pixels stay random.
+    Raises `ValueError` where the initial checkpoint is of another architecture.
     """
-    weight = model.patch_embed.get_parameter("proj.weight")
-    width, _, patch, _ = weight.shape
-    place, frequency = torch.arange(patch) + 0.5, torch.arange(patch)
-    basis = torch.cos(math.pi / patch * frequency[:, None] * place[None, :]) * math.sqrt(2.0 / patch)
-    basis[0] /= math.sqrt(2.0)
-    radius = torch.hypot(frequency[:, None].float(), frequency[None, :].float()).flatten()
-    order = torch.argsort(radius, stable=True)[:width]
-    filters = torch.einsum("uy,vx->uvyx", basis, basis).reshape(-1, patch, patch)[order]
-    strength = 1.0 / (1.0 + radius[order] / 3.0)
-    with torch.no_grad():
-        weight[: len(filters), 0] = filters * strength[:, None, None]
-    for module in model.blocks.modules():
-        if isinstance(module, torch.nn.Linear):
-            torch.nn.init.xavier_uniform_(module.weight)
+    torch.manual_seed(config.seed)  # timm's initialiser takes no generator
+    model = CryoVit(model_config)
+    if config.is_start_prepared:
+        prepare_start(model)
+    if config.initial_checkpoint is None:
+        return model
+    loaded = load_checkpoint(Path(config.initial_checkpoint))
+    given = load_model(loaded.tensors, loaded.metadata.get("model")).model
+    weights = {key: value for key, value in given.state_dict().items() if not key.startswith("head.")}
+    head = given if type(given.head) is type(model.head) else model
+    weights |= {key: value for key, value in head.state_dict().items() if key.startswith("head.")}
+    if model_config.head is Head.SIGMOID1:  # v1.5 has no final LayerNorm; the encoder's goes into the head
+        norm = {key: weights.pop(key) for key in ("norm.weight", "norm.bias") if key in weights}
+        weights |= {f"head.{key}": value for key, value in norm.items()}
+    try:
+        model.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        msg = (
+            f"{config.initial_checkpoint}: {given.config.architecture}, the training builds"
+            f" {model_config.architecture} ({error})"
+        )
+        raise ValueError(msg) from error
+    return model
 
 
 def evaluate(model: CryoVit, particles: LabelledParticles, *, batch_size: int = 256) -> ScoreQuality:
@@ -268,25 +297,29 @@ def score_grey(model: CryoVit, grey: NDArray[np.uint8], *, batch_size: int = 256
     """Return the scores of grey-level images, the network in evaluation mode."""
     was_training = model.training
     model.eval()
-    parts = []
+    parts, device = [], model.cls_token.device
     with torch.inference_mode():
         for first in range(0, len(grey), batch_size):
             images = torch.from_numpy(grey[first : first + batch_size]).float()[:, None] / 255.0
-            _, logits = model((images - model.config.mean) / model.config.std)
-            parts.append(model.score(logits).numpy())
+            _, logits = model(((images - model.config.mean) / model.config.std).to(device))
+            parts.append(model.score(logits).cpu().numpy())
     model.train(was_training)
     return np.concatenate(parts)
 
 
 def _step(
+    wrapped: torch.nn.Module,
     model: CryoVit,
     optimiser: torch.optim.Optimizer,
     config: TrainConfig,
     training: LabelledParticles,
     chosen: NDArray[np.int64],
     generator: torch.Generator,
+    rows: slice,
+    device: torch.device,
 ) -> float:
     model.train()
+    # The whole batch is augmented by every worker: one random stream, whatever their number.
     images = augment(
         torch.from_numpy(training.grey[chosen]),
         model.config.mean,
@@ -294,26 +327,15 @@ def _step(
         generator,
         rotation_probability=config.rotation_probability,
     )
-    labels = torch.from_numpy(training.labels[chosen])
-    _, logits = model(images)
-    loss = ranking_loss(model.score(logits), labels, margin=config.margin, alpha=config.alpha)
+    labels = torch.from_numpy(training.labels[chosen]).to(device)
+    _, logits = wrapped(images[rows].to(device))
+    # Pairs are ranked over the batch of all workers, not within each share.
+    loss = ranking_loss(gather_rows(model.score(logits)), labels, margin=config.margin, alpha=config.alpha)
     optimiser.zero_grad(set_to_none=True)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_norm)
     optimiser.step()
     return float(loss.detach())
-
-
-def _optimiser(model: CryoVit, config: TrainConfig) -> torch.optim.Optimizer:
-    """Return AdamW; norms, biases and the CLS token are not decayed."""
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    decayed = [p for name, p in trained if p.ndim > 1 and name != "cls_token"]
-    others = [p for name, p in trained if p.ndim <= 1 or name == "cls_token"]
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))
 
 
 def _learning_rate(config: TrainConfig, step: int, progress: float) -> float:
@@ -328,31 +350,6 @@ def _progress(config: TrainConfig, step: int, seconds: float) -> float:
 
 
 def _model_changes(values: dict[str, Any]) -> dict[str, Any]:
-    _refuse_unknown("model", values, set(VitConfig.__dataclass_fields__))
+    for key in set(values) - set(VitConfig.__dataclass_fields__):
+        raise ValueError(unknown_key(f"model.{key}", VitConfig.__dataclass_fields__))
     return {**values, "head": Head(values["head"])} if "head" in values else dict(values)
-
-
-def _refuse_unknown(name: str, values: dict[str, Any], known: set[str]) -> None:
-    unknown = set(values) - known
-    if unknown:
-        msg = f"{name}: unknown keys {sorted(unknown)}, known are {sorted(known)}"
-        raise ValueError(msg)
-
-
-def main() -> None:
-    """Train from the command line; progress goes to the log."""
-    parser = argparse.ArgumentParser(prog="python -m models.cryoranker.train", description=__doc__)
-    parser.add_argument("config", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seed", type=int, default=None, help="instead of the configuration's")
-    arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    config = read_train_config(arguments.config)
-    if arguments.seed is not None:
-        config = replace(config, seed=arguments.seed)
-    result = train_ranker(config, arguments.out, on_progress=lambda point: log.info("%s", json.dumps(point)))
-    log.info("checkpoint %s sha256 %s", result.checkpoint, result.sha256)
-
-
-if __name__ == "__main__":
-    main()

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from models.cryo_ief.image_sets import grey_statistics
 from models.cryoranker.dataset import (
     SimulatedSet,
     augment,
-    grey_statistics,
     phantom_names,
     simulate_set,
     simulate_set_cached,
