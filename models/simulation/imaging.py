@@ -174,11 +174,11 @@ def _particle_layers(
         ):
             if height not in layers:
                 layers[height] = torch.zeros(shape)
-            _add_patch(layers[height], image, corner[0], corner[1])
+            add_patch(layers[height], image, corner[0], corner[1])
     return layers
 
 
-def _add_patch(canvas: Tensor, patch: Tensor, centre_y: int, centre_x: int) -> None:
+def add_patch(canvas: Tensor, patch: Tensor, centre_y: int, centre_x: int) -> None:
     """Add a patch with its middle pixel at the given canvas pixel, in place, cut at the border."""
     size = patch.shape[0]
     top, left = centre_y - size // 2, centre_x - size // 2
@@ -241,7 +241,7 @@ def _junk_potential(
             for image, offset in zip(
                 projector.project(euler_to_matrix(euler).float()), offsets.tolist(), strict=True
             ):
-                _add_patch(
+                add_patch(
                     canvas,
                     image,
                     round(item.y_px + offset[0]) + margin_px,

@@ -47,16 +47,23 @@ def particle_box_px(diameter_angstrom: float, pixel_size_angstrom: float) -> int
 def specimen_volume(text: str, pixel_size_angstrom: float) -> tuple[Float[Tensor, "d d d"], float]:
     """Return the potential difference to ice in volts at the given pixel size, and the diameter in Å."""
     if is_map_path(text):
-        volume, map_pixel = read_density_map(Path(text))
-        volume = scale_map_to_potential(volume)
-        diameter = _map_diameter(volume, map_pixel)
-        box = particle_box_px(diameter, pixel_size_angstrom)
-        return _mask_sphere(resample_volume(volume, map_pixel, pixel_size_angstrom, box)), diameter
+        return potential_from_map(*read_density_map(Path(text)), pixel_size_angstrom)
     structure = load_structure(text)
     diameter = 2.0 * structure.radius_angstrom + 4.0
     box = particle_box_px(diameter, pixel_size_angstrom)
     volume = density_from_atoms(structure, box, pixel_size_angstrom, solvent_potential_v=ICE_MEAN_POTENTIAL_V)
     return volume, diameter
+
+
+def potential_from_map(
+    volume: Float[Tensor, "n n n"], map_pixel_size_angstrom: float, pixel_size_angstrom: float
+) -> tuple[Float[Tensor, "d d d"], float]:
+    """Return a map of arbitrary units as a potential difference to ice at another pixel size, and its diameter in Å."""
+    potential = scale_map_to_potential(volume)
+    diameter = _map_diameter(potential, map_pixel_size_angstrom)
+    box = particle_box_px(diameter, pixel_size_angstrom)
+    resampled = resample_volume(potential, map_pixel_size_angstrom, pixel_size_angstrom, box)
+    return _mask_sphere(resampled), diameter
 
 
 def build_microscope(text: str, settings: SessionSettings) -> VirtualMicroscope:

@@ -1,0 +1,228 @@
+"""Training CryoGEM in a folder: steps, checkpoints, losses, samples, and the generator that is kept.
+
+Nothing random is kept between steps (`models.cryogem.pairs`): a training killed at any moment goes on from its last
+checkpoint and has the losses that it would have had (on the CPU; on a GPU up to the order of floating-point sums).
+Checkpoints are written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from models.cryogem.bank import SessionBank
+from models.cryogem.evaluation import patch_distance, spectrum_distance
+from models.cryogem.greys import levels_to_network_range, to_network_range
+from models.cryogem.pairs import PairSource, Purpose, TrainingPair, random_stream, torch_stream
+from models.cryogem.physics import build_physics
+from models.cryogem.settings import CryogemSettings, describe_changes, plain_settings
+from models.cryogem.trainer import CryogemTrainer
+from models.cryogem.translation import add_input_noise, save_generator, translate
+from models.weights import load_checkpoint, save_checkpoint
+
+log = logging.getLogger(__name__)
+
+_FORMAT = "icestream-cryogem-training-1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingResult:
+    """What a training left: the generator's file, its hash, the step it is of, and its distances to held-out data."""
+
+    generator: Path
+    sha256: str
+    step: int
+    n_steps: int
+    spectrum_distance: float
+    patch_distance: float
+    n_skipped: int
+    seconds: float
+
+
+def train_cryogem(
+    bank: SessionBank,
+    settings: CryogemSettings,
+    folder: Path,
+    *,
+    on_progress: Callable[[dict[str, float]], None] | None = None,
+) -> TrainingResult:
+    """Train, or go on where a killed training left off; write checkpoint, losses, samples and generator to `folder`.
+
+    `losses.csv` has a row per step, `validation.csv` one per validation, `samples/` a strip per validation: physics, input,
+    output, real. A folder that holds another configuration's training is refused.
+    """
+    if len(bank.training_micrographs) < 1 or len(bank.held_out_micrographs) < 1:
+        n = len(bank.micrographs)
+        raise ValueError(f"micrographs: {n}, training needs two or more (one of them is held out)")
+    multiple = settings.networks.multiple_px
+    if settings.training.crop_px % multiple:
+        raise ValueError(f"crop_px: {settings.training.crop_px}, must be a multiple of 2**depth = {multiple}")
+    folder.mkdir(parents=True, exist_ok=True)
+    run = _Run(bank, settings, folder)
+    started, first = time.monotonic(), run.next_step
+    while run.next_step < settings.training.n_steps:
+        losses = run.advance()
+        if on_progress is not None:
+            done = run.next_step - first
+            seconds = time.monotonic() - started
+            on_progress(
+                {**losses, "n_steps": float(settings.training.n_steps), "seconds_per_step": seconds / done}
+            )
+    return run.finish(time.monotonic() - started)
+
+
+class _Run:
+    """One training in its folder: the files, and where it stands."""
+
+    def __init__(self, bank: SessionBank, settings: CryogemSettings, folder: Path) -> None:
+        self.settings = settings
+        self.folder = folder
+        self.source = PairSource(build_physics(bank, settings.physics), settings.training)
+        self.trainer = CryogemTrainer(settings)
+        self.next_step = 0
+        self.best: dict[str, float] = {}
+        self.n_without_labels = 0
+        self._checkpoint = folder / "checkpoint.safetensors"
+        if self._checkpoint.is_file():
+            self._resume()
+        self._losses = _Table(folder / "losses.csv", self.next_step)
+        self._validation = _Table(folder / "validation.csv", self.next_step)
+
+    def advance(self) -> dict[str, float]:
+        """Take one step; keep what there is to keep."""
+        training, step = self.settings.training, self.next_step
+        epoch = step // training.n_simulated
+        rate = training.learning_rate_at(epoch)
+        self.trainer.set_learning_rate(rate)
+        pair = self.source.pair(step)
+        places = self.trainer.draw_places(pair.mask, step)
+        self.n_without_labels += places is None
+        losses = self.trainer.step(pair, places)
+        if not all(np.isfinite(losses[name]) for name in ("discriminator", "generator")):
+            raise ValueError(f"step {step}: losses {losses}, must be finite; lower the learning rate")
+        row = {"step": float(step), "epoch": float(epoch), "learning_rate": rate, **losses}
+        self._losses.append(row)
+        self.next_step = step + 1
+        is_last = self.next_step == training.n_steps
+        if self.next_step % training.validate_every == 0 or is_last:
+            row |= self._validate(pair)
+        if self.next_step % training.checkpoint_every == 0 or is_last:
+            self._save()
+        return row
+
+    def finish(self, seconds: float) -> TrainingResult:
+        """Return what was kept."""
+        kept = load_checkpoint(self.folder / "generator.safetensors")
+        return TrainingResult(
+            generator=kept.path,
+            sha256=kept.sha256,
+            step=int(kept.metadata["step"]),
+            n_steps=self.settings.training.n_steps,
+            spectrum_distance=float(kept.metadata["spectrum_distance"]),
+            patch_distance=float(kept.metadata["patch_distance"]),
+            n_skipped=self.source.n_skipped + self.n_without_labels,
+            seconds=seconds,
+        )
+
+    def _validate(self, pair: TrainingPair) -> dict[str, float]:
+        """Measure translated frames against held-out micrographs; keep the network if it is to be kept."""
+        training, stage = self.settings.training, self.source.stage
+        frames = (self.source.frame(index) for index in range(training.n_simulated))
+        made = []
+        for index, rendered in enumerate(islice((f for f in frames if f is not None), training.n_validated)):
+            rng = random_stream(training.seed, Purpose.VALIDATION, index)
+            seen = stage.image(rendered, stage.draw_imaging(rng))
+            noisy = add_input_noise(seen, stage.noise_sd, torch_stream(rng))
+            made.append(translate(self.trainer.generator, noisy))
+        real = [levels_to_network_range(levels) for levels in stage.bank.held_out_micrographs]
+        found = {
+            "spectrum_distance": spectrum_distance(real, made),
+            "patch_distance": patch_distance(real, made),
+        }
+        self._validation.append({"step": float(self.next_step - 1), **found})
+        total = sum(found.values())
+        if training.keep == "last" or total < self.best.get("total", float("inf")):
+            self.best = {**found, "total": total}
+            extra = {"step": self.next_step, **found, "settings": plain_settings(self.settings)}
+            save_generator(
+                self.folder / "generator.safetensors", self.trainer.generator, self.settings.physics, extra
+            )
+        self._write_sample(pair)
+        return found
+
+    def _write_sample(self, pair: TrainingPair) -> None:
+        images = [
+            to_network_range(pair.physics[0, 0]),
+            pair.source[0, 0],
+            translate(self.trainer.generator, pair.source[0, 0]),
+            pair.real[0, 0],
+        ]
+        strip = torch.cat(images, dim=1).add(1.0).mul(127.5).clamp(0, 255).round().to(torch.uint8)
+        folder = self.folder / "samples"
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(strip.numpy()).save(folder / f"step_{self.next_step:06d}.png")
+
+    def _save(self) -> None:
+        metadata = {
+            "format": _FORMAT,
+            "next_step": self.next_step,
+            "best": self.best,
+            "n_without_labels": self.n_without_labels,
+            "settings": plain_settings(self.settings),
+        }
+        save_checkpoint(self._checkpoint, self.trainer.state(), metadata)
+
+    def _resume(self) -> None:
+        loaded = load_checkpoint(self._checkpoint)
+        if loaded.metadata.get("format") != _FORMAT:
+            raise ValueError(
+                f"{self._checkpoint}: format {loaded.metadata.get('format')!r}, must be {_FORMAT!r}"
+            )
+        changed = describe_changes(loaded.metadata["settings"], plain_settings(self.settings))
+        if changed:
+            raise ValueError(
+                f"{self._checkpoint}: was trained with other settings ({changed}); take another folder"
+            )
+        self.trainer.restore(loaded.tensors)
+        self.next_step = int(loaded.metadata["next_step"])
+        self.best = dict(loaded.metadata["best"])
+        self.n_without_labels = int(loaded.metadata["n_without_labels"])
+        log.info("training_resumed step=%d of=%d", self.next_step, self.settings.training.n_steps)
+
+
+class _Table:
+    """A CSV that grows by rows; rows of steps that will be taken again are dropped when it is opened."""
+
+    def __init__(self, path: Path, next_step: int) -> None:
+        self._path = path
+        self._kept: list[dict[str, str]] = []
+        if path.is_file():
+            with path.open(newline="") as stream:
+                rows = [r for r in csv.DictReader(stream) if None not in r.values()]
+            self._kept = [r for r in rows if float(r["step"]) < next_step]
+        temporary = path.with_suffix(".part")
+        with temporary.open("w", newline="") as stream:
+            if self._kept:
+                writer = csv.DictWriter(stream, list(self._kept[0]))
+                writer.writeheader()
+                writer.writerows(self._kept)
+        temporary.replace(path)
+        self._is_empty = not self._kept
+
+    def append(self, row: Mapping[str, float]) -> None:
+        """Add a row; it is in the file when this returns."""
+        with self._path.open("a", newline="") as stream:
+            writer = csv.DictWriter(stream, list(row))
+            if self._is_empty:
+                writer.writeheader()
+                self._is_empty = False
+            writer.writerow({key: format(value, ".9g") for key, value in row.items()})
