@@ -71,6 +71,10 @@ def to_record(fitted: FittedCtf) -> CtfFit:
         fit_resolution_angstrom=fitted.fit_resolution_angstrom,
         score=fitted.score,
         is_reliable=fitted.is_reliable,
+        defocus_sd_angstrom=fitted.defocus_sd_angstrom,
+        astigmatism_sd_angstrom=fitted.astigmatism_sd_angstrom,
+        confidence=fitted.confidence,
+        thickness_angstrom=fitted.thickness_angstrom,
     )
 
 
@@ -125,7 +129,13 @@ def write_ctf_files(
         # half as far again as rings are seen, but no less than 8 Å and no more than Nyquist
         shown_fraction=min(1.0, 2.0 * pixel * 1.5 / min(fitted.fit_resolution_angstrom, 8.0)),
     )
-    document = {**asdict(fitted), "ice_ratio": ice_ratio, "pixel_size_angstrom": pixel}
+    document = {
+        **asdict(fitted),
+        "status": fitted.status.value,
+        "is_reliable": fitted.is_reliable,
+        "ice_ratio": ice_ratio,
+        "pixel_size_angstrom": pixel,
+    }
     plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in document.items()}
     with replacing(layout.ctf_values(name)) as temporary:
         temporary.write_text(json.dumps(plain, indent=2) + "\n")

@@ -148,8 +148,8 @@ class PolarBins:
             self._rings.cpu().numpy(), weights=radius.flatten()[used].double().numpy(), minlength=n_rings
         )
         centres = np.where(ring_counts > 0, radii / np.maximum(ring_counts, 1), first + np.arange(n_rings))
-        self.k: NDArray[np.float64] = centres / (n * pixel_size_angstrom)
-        self.angles_deg: NDArray[np.float64] = (np.arange(n_sectors) + 0.5) * width
+        self.k = np.asarray(centres / (n * pixel_size_angstrom), dtype=np.float64)
+        self.angles_deg = np.asarray((np.arange(n_sectors) + 0.5) * width, dtype=np.float64)
 
     def average(self, powers: Float[Tensor, "b n nr"]) -> NDArray[np.float64]:
         """Return the means `(b, sector, ring)` of half spectra.
