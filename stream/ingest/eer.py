@@ -7,6 +7,7 @@ frames, to within one, and no electron is dropped.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,6 +22,12 @@ from stream.records.errors import InputError
 EerUpsampling = Literal[1, 2]
 
 _SKIP_BITS = {65000: 8, 65001: 7}
+# The codec takes a strip that ends early (a file whose tail is missing or was never written) without a word: then the
+# last rows get no event. This many are expected there, so that chance leaves them empty once in 10^26 frames.
+_EVENTS_AT_THE_END = 60.0
+_MIN_ROWS_AT_THE_END = 32
+# A strip is made of these: at most one code per 127 pixels is a bare skip, all others are events.
+_BITS_PER_EVENT, _BITS_PER_SKIP, _PIXELS_PER_SKIP = 11, 7, 127
 _BITS_ARE_IN_TAGS = 65002
 
 
@@ -59,7 +66,7 @@ def sum_events(
     Raises
     ------
     InputError
-        A frame is not one strip, or has no sub-pixel positions to up-sample by.
+        A frame is not one strip, ends early, or has no sub-pixel positions to up-sample by.
     RuntimeError, ValueError
         A strip does not decode (the codec's own error).
     """
@@ -78,10 +85,32 @@ def sum_events(
             raise InputError(item, f"events have sub-pixel positions to up-sample {upsampling} times", value)
         tiff.filehandle.seek(page.dataoffsets[0])
         strip = tiff.filehandle.read(page.databytecounts[0])
+        strip += bytes(len(strip) % 2)  # the codec takes 16-bit words
+        last_rows = total[total.shape[0] - upsampling * _rows_at_end(len(strip), shape_yx) :]
+        n_before = int(last_rows.sum(dtype=np.uint64))
         imagecodecs.eer_decode(
-            strip, total.shape, code.skip_bits, code.x_bits, code.y_bits, superres=upsampling - 1, out=total
+            strip,
+            total.shape,
+            code.skip_bits,
+            code.x_bits,
+            code.y_bits,
+            superres=upsampling - 1,
+            out=total,
         )
+        if len(last_rows) and int(last_rows.sum(dtype=np.uint64)) == n_before:
+            value = f"frame {index + 1} has no event in its last {len(last_rows) // upsampling} rows"
+            raise InputError(item, "the events of an EER frame reach its last row (file truncated)", value)
     return total
+
+
+def _rows_at_end(strip_bytes: int, shape_yx: tuple[int, int]) -> int:
+    """Return how many last rows have events for sure in a frame whose strip is this long; 0: none, too few events."""
+    height, width = shape_yx
+    n_events = (8 * strip_bytes - _BITS_PER_SKIP * height * width / _PIXELS_PER_SKIP) / _BITS_PER_EVENT
+    if n_events <= 0:
+        return 0
+    n_rows = max(_MIN_ROWS_AT_THE_END, math.ceil(_EVENTS_AT_THE_END * height / n_events))
+    return n_rows if n_rows <= height // 4 else 0
 
 
 def _read_code(page: Any) -> _Code:  # noqa: ANN401

@@ -7,6 +7,7 @@ e/m² to e/Å². A sidecar that is there but broken is an error, because it may 
 
 from __future__ import annotations
 
+import math
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping
@@ -90,10 +91,12 @@ def parse_epu_xml(text: str, path: str | Path) -> Sidecar:
         raise InputError(path, "an EPU metadata file is complete XML", error) from error
     if _local(root.tag) != "MicroscopeImage":
         raise InputError(path, "an EPU metadata file holds a MicroscopeImage", _local(root.tag))
-    pixel_size = _scaled(root, "SpatialScale/pixelSize/x/numericValue", 1e10, path)
+    pixel_size = _measured(
+        _scaled(root, "SpatialScale/pixelSize/x/numericValue", 1e10, path), "pixelSize", path
+    )
     settings = _key_values(root)
-    dose = _number(settings.get("Dose"), "Dose", path)
-    on_camera = _number(settings.get("DoseOnCamera"), "DoseOnCamera", path)
+    dose = _measured(_number(settings.get("Dose"), "Dose", path), "Dose", path)
+    on_camera = _measured(_number(settings.get("DoseOnCamera"), "DoseOnCamera", path), "DoseOnCamera", path)
     if dose is not None:
         dose_angstrom = dose * 1e-20
     elif on_camera is not None and pixel_size is not None:
@@ -105,7 +108,9 @@ def parse_epu_xml(text: str, path: str | Path) -> Sidecar:
     metadata = AcquisitionMetadata(
         pixel_size_angstrom=pixel_size,
         dose_e_per_angstrom2=dose_angstrom,
-        voltage_kv=_scaled(root, "microscopeData/gun/AccelerationVoltage", 1e-3, path),
+        voltage_kv=_measured(
+            _scaled(root, "microscopeData/gun/AccelerationVoltage", 1e-3, path), "AccelerationVoltage", path
+        ),
         beam_shift_group=_shift_text(shift_x, shift_y),
         acquired_at=_text(root, "microscopeData/acquisition/acquisitionDateTime"),
         source=str(path),
@@ -152,9 +157,19 @@ def _number(text: str | None, name: str, path: str | Path) -> float | None:
     if text is None or not text.strip():
         return None
     try:
-        return float(text)
+        value = float(text)
     except ValueError as error:
         raise InputError(path, f"{name} is a number", text) from error
+    if not math.isfinite(value):
+        raise InputError(path, f"{name} is a finite number", text)
+    return value
+
+
+def _measured(value: float | None, name: str, path: str | Path) -> float | None:
+    """Return a positive number, None for the 0 that microscopes write where something was not measured."""
+    if value is not None and value < 0:
+        raise InputError(path, f"{name} is not negative", value)
+    return value or None
 
 
 def _key_values(root: ET.Element) -> dict[str, str]:
@@ -190,15 +205,17 @@ def parse_mdoc(text: str, path: str | Path) -> Sidecar:
             path, "the mdoc of a movie has one FrameSet or ZValue section", f"{len(sections)} sections"
         )
     values = general | sections[0]
-    dose = _number(values.get("ExposureDose"), "ExposureDose", path)
+
+    def measured(name: str) -> float | None:
+        return _measured(_number(values.get(name), name, path), name, path)
+
     shift = (values.get("ImageShift") or "").split()
     shift_xy = [_number(part, "ImageShift", path) for part in shift]
     n_frames = _number(values.get("NumSubFrames"), "NumSubFrames", path)
     metadata = AcquisitionMetadata(
-        pixel_size_angstrom=_number(values.get("PixelSpacing"), "PixelSpacing", path),
-        # SerialEM writes 0 where the dose is not calibrated.
-        dose_e_per_angstrom2=dose or None,
-        voltage_kv=_number(values.get("Voltage"), "Voltage", path),
+        pixel_size_angstrom=measured("PixelSpacing"),
+        dose_e_per_angstrom2=measured("ExposureDose"),
+        voltage_kv=measured("Voltage"),
         beam_shift_group=_shift_text(shift_xy[0], shift_xy[1]) if len(shift_xy) == 2 else None,
         acquired_at=values.get("DateTime"),
         source=str(path),

@@ -45,6 +45,9 @@ __all__ = [
 
 Frame = NDArray[np.float32] | NDArray[np.uint8]
 
+MAX_SATURATED_FRACTION = 0.01
+"""Hot pixels and X-rays are below 0.001 of a frame; above this counts are lost and the mean is no dose any more."""
+
 _SUFFIXES = {
     "tiff": {".tif", ".tiff", ".gain"},
     "mrc": {".mrc", ".mrcs", ".st", ".map", ".ali", ".raw"},
@@ -164,7 +167,7 @@ def iterate_frames(
     Raises
     ------
     InputError
-        A frame does not decode or has a non-finite value; all frames are zero (told at the end).
+        A frame does not decode, has a non-finite value or is saturated; all frames are zero (told at the end).
     """
     header = inspect_movie(path)
     item = str(path)
@@ -178,7 +181,7 @@ def iterate_frames(
     else:
         frames = _iterate_raw(path, header, header.frame_indices)
     for index, frame in enumerate(frames):
-        _check_finite(frame, item, index)
+        _check_pixels(frame, header, item, index)
         has_signal = has_signal or bool(frame.any())
         yield frame
     if not has_signal:
@@ -186,7 +189,7 @@ def iterate_frames(
 
 
 def check_content(path: str | Path, header: MovieHeader) -> None:
-    """Decode the first, middle and last frame (of an EER up to 16) and refuse NaN-filled and empty content."""
+    """Decode the first, middle and last frame (of an EER up to 16); refuse NaN, saturation and empty content."""
     n = header.n_frames
     is_eer = header.format is MovieFormat.EER
     # A single EER frame may be empty at low dose, a movie may not: look at more of them.
@@ -194,7 +197,7 @@ def check_content(path: str | Path, header: MovieHeader) -> None:
     chosen = tuple(header.frame_indices[index] for index in picks)
     is_flat = True
     for index, frame in zip(picks, _iterate_raw(path, header, chosen), strict=True):
-        _check_finite(frame, str(path), int(index))
+        _check_pixels(frame, header, str(path), int(index))
         is_flat = is_flat and bool(frame.min() == frame.max())
     if is_flat:
         value = f"{len(picks)} frames looked at, each of one value"
@@ -202,10 +205,10 @@ def check_content(path: str | Path, header: MovieHeader) -> None:
 
 
 def iterate_chosen(path: str | Path, header: MovieHeader, positions: Sequence[int]) -> Iterator[Frame]:
-    """Yield the raw frames at these positions (0 is the first frame), checked for NaN alone."""
+    """Yield the raw frames at these positions (0 is the first frame), each of them checked."""
     chosen = tuple(header.frame_indices[position] for position in positions)
     for position, frame in zip(positions, _iterate_raw(path, header, chosen), strict=True):
-        _check_finite(frame, str(path), position)
+        _check_pixels(frame, header, str(path), position)
         yield frame
 
 
@@ -218,7 +221,7 @@ def read_micrograph(path: str | Path) -> NDArray[np.float32]:
     """Return the single image `(h w)` of an MRC or TIFF micrograph; a non-finite value is an error."""
     header = inspect_micrograph(path)
     frame = next(_iterate_raw(path, header, header.frame_indices))
-    _check_finite(frame, str(path), 0)
+    _check_pixels(frame, header, str(path), 0)
     return np.ascontiguousarray(frame, dtype=np.float32)
 
 
@@ -364,6 +367,20 @@ def _as_frame(image: NDArray[Any]) -> Frame:
         return image.astype(np.uint8, copy=False)
     with np.errstate(invalid="ignore", over="ignore"):
         return image.astype(np.float32)
+
+
+def _check_pixels(frame: Frame, header: MovieHeader, item: str, index: int) -> None:
+    _check_finite(frame, item, index)
+    if header.format is MovieFormat.EER or not header.dtype.startswith(("int", "uint")):
+        return  # an event is no grey value, and floats have no top
+    top = np.iinfo(header.dtype).max
+    if frame.max() < top:
+        return
+    share = np.count_nonzero(frame >= top) / frame.size
+    if share > MAX_SATURATED_FRACTION:
+        value = f"frame {index + 1}: {share:.1%} at {top}"
+        rule = f"at most {MAX_SATURATED_FRACTION:.0%} of a frame's pixels are at the top of {header.dtype}"
+        raise InputError(item, f"{rule} (saturated)", value)
 
 
 def _check_finite(frame: Frame, item: str, index: int) -> None:

@@ -83,7 +83,9 @@ class GainCheck:
                 self._gain = orient_gain(raw, flip_x=s.flip_x, flip_y=s.flip_y, rotate_deg=s.rotate_deg)
         if s.is_orientation_sought:
             check_gain_turned(self._gain, header.shape_yx, item)
-        elif self._gain.shape_yx != header.shape_yx:  # one of the sensor's pixels holds for up-sampled frames, too
+        elif (
+            self._gain.shape_yx != header.shape_yx
+        ):  # one of the sensor's pixels holds for up-sampled frames, too
             check_gain(self._gain, iterated_shape(header, eer_upsampling=s.eer_upsampling), item)
 
 

@@ -77,6 +77,38 @@ def test_broken_metadata_name_file_and_value(tmp_path):
         read_sidecar(tmp_path / "c.tif")
 
 
+EPU = (
+    "<MicroscopeImage><SpatialScale><pixelSize><x><numericValue>{pixel}</numericValue></x></pixelSize>"
+    "</SpatialScale><CustomData><KeyValueOfstring><Key>Dose</Key><Value>{dose}</Value></KeyValueOfstring>"
+    "</CustomData></MicroscopeImage>"
+)
+
+
+def test_a_dose_or_pixel_size_of_zero_counts_as_not_measured(tmp_path):
+    (tmp_path / "a.xml").write_text(EPU.format(pixel="0", dose="0"))
+    found = read_sidecar(tmp_path / "a.tif").metadata
+    assert found.dose_e_per_angstrom2 is None
+    assert found.pixel_size_angstrom is None
+    (tmp_path / "a.xml").write_text(EPU.format(pixel="8.5e-11", dose="4.2e21"))
+    found = read_sidecar(tmp_path / "a.tif").metadata
+    assert found.dose_e_per_angstrom2 == pytest.approx(42)
+    assert found.pixel_size_angstrom == pytest.approx(0.85)
+
+
+@pytest.mark.parametrize(
+    ("pixel", "dose", "message"),
+    [
+        ("8.5e-11", "-3e21", r"a\.xml: Dose is not negative \(found: -3e\+21\)"),
+        ("8.5e-11", "NaN", r"a\.xml: Dose is a finite number \(found: NaN\)"),
+        ("inf", "3e21", r"a\.xml: x is a finite number \(found: inf\)"),
+    ],
+)
+def test_a_dose_or_pixel_size_that_cannot_be_is_refused(tmp_path, pixel, dose, message):
+    (tmp_path / "a.xml").write_text(EPU.format(pixel=pixel, dose=dose))
+    with pytest.raises(InputError, match=message):
+        read_sidecar(tmp_path / "a.tif")
+
+
 def test_disagreement_names_both_values_and_both_sources():
     metadata = AcquisitionMetadata(pixel_size_angstrom=0.85, voltage_kv=300, source="a.xml")
     check_against_configuration(

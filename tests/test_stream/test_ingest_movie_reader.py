@@ -10,17 +10,20 @@ import numpy as np
 import pytest
 import tifffile
 
+from stream.ingest.eer import count_fractions, split_into_fractions
 from stream.ingest.files import fingerprint_file, identify_file
 from stream.ingest.movie_reader import (
     MovieFormat,
     check_content,
     inspect_micrograph,
     inspect_movie,
+    iterate_chosen,
     iterate_frames,
+    iterated_shape,
     n_iterated_frames,
     read_micrograph,
 )
-from stream.ingest.movie_writers import write_eer
+from stream.ingest.movie_writers import encode_eer_frame, write_eer
 from stream.records.errors import InputError, ResourceError
 
 
@@ -356,3 +359,120 @@ def test_real_micrographs_and_maps_are_read_as_mrcfile_reads_them():
     )
     header = inspect_micrograph(DATA / "micrographs/KLH_xmipp.tif")
     assert header.shape_yx == tifffile.imread(DATA / "micrographs/KLH_xmipp.tif").shape
+
+
+def eer_of_one_event(sub_pixel: int) -> bytes:
+    """A strip of 8 x 8 px with one event at row 3, column 5, at this 4-bit position within its pixel."""
+
+    class Fixed:
+        def integers(self, low, high, size):
+            return np.full(size, sub_pixel)
+
+    frame = np.zeros((8, 8), np.uint8)
+    frame[3, 5] = 1
+    return encode_eer_frame(frame, Fixed())
+
+
+@pytest.mark.parametrize("sub_pixel", range(16))
+def test_up_sampling_puts_an_event_into_its_quarter_of_the_pixel(tmp_path, monkeypatch, sub_pixel):
+    monkeypatch.setattr(
+        "stream.ingest.movie_writers.encode_eer_frame", lambda *_: eer_of_one_event(sub_pixel)
+    )
+    write_eer(tmp_path / "m.eer", [np.zeros((8, 8), np.uint8)] * 2)
+    (frame,) = iterate_frames(tmp_path / "m.eer", eer_fractions=1, eer_upsampling=2)
+    assert frame.shape == (16, 16)
+    # the format's 4 bits are y and x of the quarter pixel, each with its first bit inverted
+    right, below = ((sub_pixel ^ 0x0A) & 2) >> 1, ((sub_pixel ^ 0x0A) & 8) >> 3
+    assert frame.sum() == 2
+    assert frame[2 * 3 + below, 2 * 5 + right] == 2
+
+
+def test_up_sampled_frames_bin_to_the_sensors_frames(tmp_path):
+    path, frames = eer_movie(tmp_path / "m.eer", n_frames=12)
+    header = inspect_movie(path)
+    assert iterated_shape(header) == (64, 64)
+    assert iterated_shape(header, eer_upsampling=2) == (128, 128)
+    fine = np.stack(list(iterate_frames(path, eer_fractions=3, eer_upsampling=2)))
+    binned = fine.reshape(3, 64, 2, 64, 2).sum((2, 4))
+    np.testing.assert_array_equal(binned, frames.reshape(3, 4, 64, 64).sum(1))
+    # each quarter of a pixel has its share
+    shares = fine.reshape(3, 64, 2, 64, 2).sum((0, 1, 3)) / fine.sum()
+    assert shares == pytest.approx(np.full((2, 2), 0.25), abs=0.03)
+
+
+def test_more_than_255_eer_frames_in_a_fraction_do_not_overflow(tmp_path):
+    frames = np.zeros((300, 16, 16), np.uint8)
+    frames[:, 3:5, 4] = 1
+    write_eer(tmp_path / "m.eer", frames)
+    (total,) = iterate_frames(tmp_path / "m.eer", eer_fractions=1)
+    assert total.dtype == np.float32
+    assert total[3, 4] == 300
+    assert total.sum() == 600
+
+
+def test_fractions_of_a_dose_are_the_nearest_whole_number():
+    assert count_fractions(1000, 40.0, 1.0) == 40
+    assert count_fractions(1000, 40.0, 0.9) == 44
+    assert count_fractions(30, 40.0, 1.0) == 30  # no more than there are raw frames
+    assert count_fractions(30, 0.4, 1.0) == 1
+    assert [len(f) for f in split_into_fractions(range(10), 4)] == [2, 3, 2, 3]
+
+
+@pytest.mark.parametrize("tail", ["zeros", "missing"])
+def test_an_eer_whose_last_strip_was_never_finished_is_refused(tmp_path, tail):
+    rng = np.random.default_rng(1)
+    path = tmp_path / "m.eer"
+    write_eer(path, (rng.random((6, 256, 256)) < 0.05).astype(np.uint8))
+    with tifffile.TiffFile(path) as tiff:
+        page = tiff.pages[5]
+        start, count = page.dataoffsets[0], page.databytecounts[0]
+        counts_at = page.tags["StripByteCounts"].valueoffset
+    data = bytearray(path.read_bytes())
+    if tail == "zeros":  # reserved by the file system, never written
+        data[start + count // 2 : start + count] = bytes(count - count // 2)
+    else:  # the directory counts what was there when the writer stopped
+        data[counts_at : counts_at + 8] = struct.pack("<Q", count // 2)
+    path.write_bytes(data)
+    header = inspect_movie(path)
+    with pytest.raises(
+        InputError, match=r"m\.eer.*reach its last row.*frame 6 has no event in its last 32 rows"
+    ):
+        check_content(path, header)
+    with pytest.raises(InputError, match=r"frame 6 has no event"):
+        list(iterate_frames(path, eer_fractions=2, eer_upsampling=2))
+
+
+def test_a_faint_eer_is_not_taken_for_a_damaged_one(tmp_path):
+    rng = np.random.default_rng(2)
+    path = tmp_path / "m.eer"
+    frames = (rng.random((40, 128, 128)) < 0.0005).astype(np.uint8)
+    write_eer(path, frames)
+    check_content(path, inspect_movie(path))
+    np.testing.assert_array_equal(np.stack(list(iterate_frames(path))), frames)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "top"), [(np.uint8, 255), (np.uint16, 65535), (np.int16, 32767), (np.int8, 127)]
+)
+def test_a_saturated_frame_is_refused_and_hot_pixels_are_not(tmp_path, dtype, top):
+    frames = poisson((3, 64, 64)).astype(dtype)
+    frames[1, 0, :30] = top  # hot pixels: 0.7 %
+    path = (
+        write_mrc(tmp_path / "m.mrc", frames) if dtype is np.int8 else write_tiff(tmp_path / "m.tif", frames)
+    )
+    check_content(path, inspect_movie(path))
+    frames[1, :4] = top
+    path = (
+        write_mrc(tmp_path / "n.mrc", frames) if dtype is np.int8 else write_tiff(tmp_path / "n.tif", frames)
+    )
+    with pytest.raises(InputError, match=rf"saturated.*frame 2: 6\.2% at {top}"):
+        check_content(path, inspect_movie(path))
+    with pytest.raises(InputError, match=r"saturated.*frame 2"):
+        list(iterate_frames(path))
+
+
+def test_chosen_frames_come_in_the_order_asked_for(tmp_path):
+    frames = poisson((6, 16, 16))
+    path = write_tiff(tmp_path / "m.tif", frames)
+    read = np.stack(list(iterate_chosen(path, inspect_movie(path), (4, 0))))
+    np.testing.assert_array_equal(read, frames[[4, 0]])
