@@ -28,7 +28,9 @@ from stream.records.events import (
     SessionOpened,
 )
 from stream.records.values import Stage
+from stream.requests import take_inbox
 from stream.store.files import replacing
+from stream.store.inbox import Inbox
 from stream.store.journal import Journal
 from stream.store.layout import OutputLayout
 from stream.telemetry.metrics import Snapshot, Telemetry, Volume
@@ -36,6 +38,7 @@ from stream.telemetry.metrics import Snapshot, Telemetry, Volume
 log = logging.getLogger(__name__)
 
 DISK_CHECK_INTERVAL_S = 5.0
+INBOX_CHECK_INTERVAL_S = 1.0
 SNAPSHOT_INTERVAL_S = 1.0
 
 
@@ -83,7 +86,9 @@ class Service:
         self._telemetry = telemetry
         self._clock = clock
         self._on_event = on_event
+        self._inbox = Inbox(OutputLayout(settings.out).inbox)
         self._next_disk_check = 0.0
+        self._next_inbox_check = 0.0
         self._next_snapshot = 0.0
         self._is_disk_low = False
         self._n_done_at_size_check = -1
@@ -105,6 +110,9 @@ class Service:
             self._tell_troubles()
         events += self._runtime.poll(0.0 if events else timeout_s)
         self._take(events)
+        if now >= self._next_inbox_check:
+            self._next_inbox_check = now + INBOX_CHECK_INTERVAL_S
+            take_inbox(self._inbox, self.controller, now, lambda event: self._take([event]))
         if now >= self._next_snapshot:
             self._next_snapshot = now + SNAPSHOT_INTERVAL_S
             self._telemetry.set_gauges(self._snapshot())

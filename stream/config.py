@@ -21,6 +21,9 @@ from stream.records.values import Optics, QualityLimits
 
 Voltage = Annotated[float, Field(ge=60, le=400, description="kV; 300000 is in volts")]
 Length = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1, description="a fraction, not per cent")]
+# Underfocus is positive; a value in µm would lie under the bound.
+Defocus = Annotated[float | None, Field(ge=100, le=200_000, description="Å, not µm")]
 
 
 class _Section(BaseModel):
@@ -94,9 +97,6 @@ class ParticleSettings(_Section):
     topaz_model: Path | None = None
 
 
-Fraction = Annotated[float, Field(ge=0, le=1, description="a fraction, not per cent")]
-
-
 class QualitySettings(_Section):
     """What an exposure must keep to be used; a limit of None is not applied.
 
@@ -106,13 +106,15 @@ class QualitySettings(_Section):
 
     max_ctf_fit_angstrom: Length | None = None
     max_astigmatism_angstrom: Length | None = None
-    min_defocus_angstrom: Annotated[float, Field(description="Å, not µm")] | None = None
-    max_defocus_angstrom: Annotated[float, Field(description="Å, not µm")] | None = None
+    min_defocus_angstrom: Defocus = None
+    max_defocus_angstrom: Defocus = None
     max_total_motion_angstrom: Length | None = None
     max_early_motion_angstrom: Length | None = None
     max_ice_ratio: Length | None = None
     max_crystalline_ice: float | None = None
-    max_masked_fraction: Fraction | None = None
+    max_masked_fraction: Annotated[
+        float | None, Field(ge=0, le=1, description="a fraction, not per cent")
+    ] = None
     min_picks: Annotated[int, Field(ge=0)] | None = None
     max_picks: Annotated[int, Field(ge=0)] | None = None
 

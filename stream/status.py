@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ from stream.control.controller import Controller
 from stream.control.exposures import ExposureState
 from stream.control.runs import RunRecord
 from stream.control.settings import ControllerSettings
+from stream.quality_report import count_rejected_by, list_overruled, list_rejected
 from stream.records.errors import ConfigurationError
+from stream.records.values import Stage
 from stream.store.journal import read_journal
 from stream.store.layout import OutputLayout
 
@@ -22,13 +25,15 @@ def summarize(controller: Controller) -> dict[str, Any]:
     counts = {state.value: controller.n_by_state[state] for state in ExposureState}
     found = len(controller.exposures)
     records = controller.exposures.values()
-    best = controller.best_run
-    n_scored = sum(sum(r.score_histogram) for r in records if r.score_histogram is not None)
+    used = [r for r in records if r.state is not ExposureState.REJECTED]
+    best, gain = controller.best_run, controller.gain
+    n_scored = sum(sum(r.score_histogram) for r in used if r.score_histogram is not None)
     return {
         "movies": {"found": found, **counts},
         "particles": {
-            "extracted": sum(r.n_particles for r in records),
-            "excluded": sum(r.n_excluded + r.n_unscored for r in records),
+            "extracted": sum(r.n_particles for r in used),
+            "excluded": sum(r.n_excluded + r.n_unscored for r in used),
+            "rejected": sum(r.n_particles for r in records if r.state is ExposureState.REJECTED),
             "scored": n_scored,
             "above_threshold": controller.n_above_threshold,
             "score_threshold": controller.settings.score_threshold,
@@ -44,9 +49,15 @@ def summarize(controller: Controller) -> dict[str, Any]:
             for r in records
             if r.state is ExposureState.QUARANTINED
         ][:N_REASONS_SHOWN],
-        "rejected": [
-            {"name": r.name, "reason": r.reason} for r in records if r.state is ExposureState.REJECTED
-        ][:N_REASONS_SHOWN],
+        "rejected": list_rejected(controller)[:N_REASONS_SHOWN],
+        "rejected_by": count_rejected_by(controller),
+        "limits": asdict(controller.limits),
+        "overruled": list_overruled(controller)[:N_REASONS_SHOWN],
+        "gain": {
+            "orientation": None if gain.orientation is None else asdict(gain.orientation),
+            "residual": controller.gain_residual.mean,
+        },
+        "holds": {stage.value: reason for stage in Stage if (reason := controller.find_hold(stage))},
         "decisions": [
             {"at": d.at, "what": d.what, "why": d.why}
             for d in list(controller.decisions)[-N_DECISIONS_SHOWN:]
@@ -73,14 +84,19 @@ def _describe_run(run: RunRecord) -> dict[str, Any]:
 
 
 def load_status(out: Path) -> dict[str, Any]:
-    """Replay the journal of an output folder, which a service may be writing, into its status."""
+    """Return the status of an output folder, which a service may be writing."""
+    return summarize(load_controller(out))
+
+
+def load_controller(out: Path) -> Controller:
+    """Replay the journal of an output folder, which a service may be writing."""
     layout = OutputLayout(out)
     if not layout.journal.is_file():
         raise ConfigurationError(out, "an output folder holds a journal.sqlite; no session was started here")
     controller = Controller(read_controller_settings(layout))
     for event in read_journal(layout.journal):
         controller.handle(event)
-    return summarize(controller)
+    return controller
 
 
 def read_controller_settings(layout: OutputLayout) -> ControllerSettings:

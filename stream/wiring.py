@@ -23,7 +23,7 @@ from stream.control.controller import Controller
 from stream.control.exposures import ExposureState
 from stream.ingest.source import ExposureSource, KnownFile, SourceSettings, is_about_settings
 from stream.records.errors import ConfigurationError
-from stream.records.events import Event
+from stream.records.events import BY_CONFIGURATION, Event, QualityLimitsChanged
 from stream.records.values import InputKind
 from stream.status import summarize
 from stream.store.journal import Journal
@@ -175,12 +175,13 @@ def open_service(
         raise ConfigurationError(settings.source, "the input folder (or particle file) must exist")
     journal = Journal(layout.journal)
     try:
-        write_session(settings, layout)
         controller = Controller(settings.controller_settings(n_preprocess_workers=count_workers(settings)))
         telemetry = Telemetry(__version__, score_threshold=settings.ranker.score_threshold)
         for event in journal.replay():
             controller.handle(event)
             telemetry.observe(event, replay=True)
+        _commit_configured_limits(settings, journal, controller)
+        write_session(settings, layout)
         _serve_metrics(telemetry, settings)
         source = build_source(settings, controller)
         runtime = build_runtime(settings, in_process=in_process)
@@ -198,6 +199,18 @@ def open_service(
     )
     service.open()
     return service
+
+
+def _commit_configured_limits(settings: SessionSettings, journal: Journal, controller: Controller) -> None:
+    """Make the configuration's limits an event when they are new to it; those set by hand since stay otherwise."""
+    limits = settings.quality.limits
+    if limits == controller.configured_limits:
+        return
+    event = QualityLimitsChanged(
+        at=time.time(), limits=limits, reason="the configuration says so", request_id=BY_CONFIGURATION
+    )
+    journal.append([event])
+    controller.handle(event)
 
 
 def _serve_metrics(telemetry: Telemetry, settings: SessionSettings) -> None:

@@ -49,8 +49,11 @@ def print_status(document: Mapping[str, Any]) -> None:
     console.print(f"exposures  {movies['found']} found = {states} ({balance})")
     console.print(
         f"particles  {particles['extracted']} extracted · {particles['scored']} scored · "
-        f"{particles['above_threshold']} above {particles['score_threshold']} · {particles['excluded']} excluded"
+        f"{particles['above_threshold']} above {particles['score_threshold']} · {particles['excluded']} excluded · "
+        f"{particles['rejected']} in rejected exposures"
     )
+    for stage, why in document["holds"].items():
+        console.print(f"[yellow]waiting[/yellow]    {stage}: {escape(why)}")
     if document["runs"]:
         console.print(_run_table(document["runs"]))
     if document["resolution_angstrom"] is not None:
@@ -62,6 +65,9 @@ def print_status(document: Mapping[str, Any]) -> None:
         console.print("map        none accepted yet")
     for item in document["quarantine"]:
         console.print(f"[yellow]quarantine[/yellow] {escape(item['name'])}: {escape(item['reason'])}")
+    if document["rejected_by"]:
+        counts = " · ".join(f"{n} by {rule}" for rule, n in document["rejected_by"].items())
+        console.print(f"rejected   {counts}")
     for item in document["rejected"]:
         console.print(f"[yellow]rejected[/yellow]   {escape(item['name'])}: {escape(item['reason'])}")
     for decision in document["decisions"]:

@@ -23,6 +23,7 @@ from stream.control.settings import ControllerSettings
 from stream.records.commands import Command, Preprocess, Rank, RunMember
 from stream.records.errors import InvariantError
 from stream.records.events import (
+    BY_CONFIGURATION,
     DiskSpaceChanged,
     DrainRequested,
     Event,
@@ -73,6 +74,7 @@ class Controller:
         self.decisions: deque[Decision] = deque(maxlen=1000)
         self._ladder = RunLadder(settings, self._books, self._decide)
         self.limits = QualityLimits()
+        self.configured_limits = QualityLimits()
         self.request_ids: set[str] = set()
         self.gain = GainSearch(settings)
         self.gain_residual = ResidualWatch(settings)
@@ -96,10 +98,10 @@ class Controller:
             case GainOriented():
                 self._take_orientation(event)
             case QualityLimitsChanged():
-                self.request_ids.add(event.request_id)
+                self.request_ids |= {event.request_id} - {""}
                 self._take_limits(event)
             case ExposureOverruled():
-                self.request_ids.add(event.request_id)
+                self.request_ids |= {event.request_id} - {""}
                 self._take_overrule(event)
             case ExposurePreprocessed(result=preprocessed):
                 self._take_preprocessed(event.at, preprocessed)
@@ -155,6 +157,10 @@ class Controller:
     def best_run(self) -> RunResult | None:
         """The accepted map, or None."""
         return self._ladder.best
+
+    def count_above(self, record: ExposureRecord) -> int:
+        """Count an exposure's particles above the threshold, used or not."""
+        return self._books.count_above(record)
 
     def count_waiting(self, stage: Stage) -> int:
         """Count the exposures that wait for a stage."""
@@ -412,6 +418,8 @@ class Controller:
 
     def _take_limits(self, event: QualityLimitsChanged) -> None:
         self.limits = event.limits
+        if event.request_id == BY_CONFIGURATION:
+            self.configured_limits = event.limits
         n_before = self.n_by_state[ExposureState.REJECTED]
         self._judge_again(self.exposures.values())
         n_after = self.n_by_state[ExposureState.REJECTED]

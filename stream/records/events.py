@@ -22,6 +22,9 @@ from stream.records.values import (
     Stage,
 )
 
+BY_CONFIGURATION = "configuration"
+"""`request_id` of limits that came from the session's configuration and not from a person's request."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionOpened:

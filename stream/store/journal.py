@@ -33,8 +33,15 @@ CREATE TABLE IF NOT EXISTS events (
 """
 
 
+class JournalInUseError(ConfigurationError):
+    """Another process writes this journal now."""
+
+
 class Journal:
-    """The session's one writer of events."""
+    """The session's one writer of events.
+
+    Raises `JournalInUseError` while another process holds it.
+    """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -127,7 +134,7 @@ class _WriterLock:
         except OSError as error:
             holder = os.read(self._descriptor, 200).decode(errors="replace").strip() or "another process"
             os.close(self._descriptor)
-            raise ConfigurationError(
+            raise JournalInUseError(
                 path.parent, "one output folder is written by one service at a time", f"held by {holder}"
             ) from error
         os.ftruncate(self._descriptor, 0)

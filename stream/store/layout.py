@@ -30,6 +30,11 @@ class OutputLayout:
         return self.root / ".icestream.lock"
 
     @property
+    def inbox(self) -> Path:
+        """Where requests of people wait for the service."""
+        return self.root / "inbox"
+
+    @property
     def features(self) -> Path:
         """The feature cache."""
         return self.root / "features"

@@ -67,6 +67,23 @@ def test_the_written_session_has_every_default_and_reads_back_equal(tmp_path: Pa
             "final_run_min_particles is at most",
         ),
         ({k: v for k, v in GOOD.items() if k != "microscope"}, "microscope is missing"),
+        (
+            changed(policy={"max_ctf_fit_angstrom": 5}),
+            "policy.max_ctf_fit_angstrom is now quality.max_ctf_fit_angstrom",
+        ),
+        (
+            changed(policy={"max_total_motion_angstrom": None}),
+            "policy.max_total_motion_angstrom is now quality.max_total_motion_angstrom",
+        ),
+        (changed(quality={"max_masked_fraction": 30}), "quality.max_masked_fraction.*not per cent.*30"),
+        (changed(quality={"min_defocus_angstrom": 0.5}), "quality.min_defocus_angstrom.*not µm.*0.5"),
+        (changed(quality={"min_picks": 9, "max_picks": 3}), "min_picks is at most max_picks"),
+        (
+            changed(acquisition={"gain_orientation": "auto", "gain_rotate_deg": 90}),
+            "gain_orientation auto finds flips and rotation itself",
+        ),
+        (changed(acquisition={"gain_orientation": "auto", "gain": None}), "auto needs a gain"),
+        (changed(particle={"picker": "deep"}), "particle.picker.*deep"),
     ],
 )
 def test_a_fault_names_the_key_the_value_and_the_rule(
@@ -76,6 +93,22 @@ def test_a_fault_names_the_key_the_value_and_the_rule(
         load_settings(write(tmp_path, document))
     assert str(tmp_path / "session.yaml") in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_controller_is_told_of_automatic_gain_and_templates_for_movies_alone(tmp_path: Path) -> None:
+    chosen = changed(acquisition={"gain_orientation": "auto"}, particle={"picker": "template-after-map"})
+    told = load_settings(write(tmp_path, chosen)).controller_settings(n_preprocess_workers=1)
+    assert told.is_gain_orientation_sought
+    assert told.is_picking_by_template
+    averaged = {key: value for key, value in chosen.items() if key != "movies"} | {"micrographs": "m"}
+    told = load_settings(write(tmp_path, averaged)).controller_settings(n_preprocess_workers=1)
+    assert not told.is_gain_orientation_sought
+
+
+def test_a_program_by_its_bare_name_is_looked_up_and_a_path_is_anchored(tmp_path: Path) -> None:
+    for given, expected in (("topaz", Path("topaz")), ("bin/topaz", tmp_path / "bin/topaz")):
+        settings = load_settings(write(tmp_path, changed(particle={"topaz_executable": given})))
+        assert settings.particle.topaz_executable == expected
 
 
 def test_a_file_that_is_not_yaml_or_not_there_is_one_line(tmp_path: Path) -> None:
