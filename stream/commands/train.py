@@ -1,18 +1,25 @@
-"""`icestream train`: training a model from a YAML configuration, here or as a Ray job."""
+"""`icestream train`: training a model from a YAML configuration, here or on the workers of a Ray cluster."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from stream.commands.common import AsJson, console, print_json
-from stream.records.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from actors.jobs.launch import TrainingJob
 
 train_app = typer.Typer(help="Train a model from a YAML configuration.", no_args_is_help=True)
+
+Out = Annotated[
+    Path,
+    typer.Option("--out", help="Folder for checkpoint, curves and state; a killed training goes on there."),
+]
+Seed = Annotated[int | None, typer.Option(help="Instead of the configuration's.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -20,37 +27,50 @@ def register(app: typer.Typer) -> None:
     app.add_typer(train_app, name="train")
 
 
+@train_app.command("cryo-ief")
+def train_cryo_ief(
+    config: Annotated[Path, typer.Argument(help="Configuration (models/cryo_ief/small.yaml is one).")],
+    out: Out = Path("training"),
+    seed: Seed = None,
+    as_json: AsJson = False,
+) -> None:
+    """Pre-train a Cryo-IEF encoder on unlabelled particles: MoCo v3 as the paper changes it.
+
+    Example: icestream train cryo-ief models/cryo_ief/small.yaml --out pretraining/
+    """
+    from actors.jobs.cryo_ief import read_job
+
+    _run(read_job(config, seed), out, as_json=as_json)
+
+
 @train_app.command("cryoranker")
 def train_cryoranker(
     config: Annotated[Path, typer.Argument(help="Configuration (models/cryoranker/default.yaml is one).")],
-    out: Annotated[Path, typer.Option("--out", help="Folder for checkpoint and curve.")] = Path("training"),
-    seed: Annotated[int | None, typer.Option(help="Instead of the configuration's.")] = None,
+    out: Out = Path("training"),
+    seed: Seed = None,
     as_json: AsJson = False,
 ) -> None:
     """Train a ranker on simulated particles and junk: L_MR + L_CE, the whole network.
 
+    `initial_checkpoint` in the configuration fine-tunes a Cryo-IEF encoder.
+
     Example: icestream train cryoranker models/cryoranker/default.yaml --out training/
     """
-    from dataclasses import replace
+    from actors.jobs.cryoranker import read_job
 
-    from models.cryoranker.train import read_train_config, train_ranker
+    _run(read_job(config, seed), out, as_json=as_json)
 
-    try:
-        settings = read_train_config(config)
-        if seed is not None:
-            settings = replace(settings, seed=seed)
-        result = train_ranker(
-            settings, out, on_progress=lambda point: console.print(json.dumps(point), highlight=False)
-        )
-    except (ValueError, TypeError) as error:
-        raise ConfigurationError(config, "a training configuration", error) from error
+
+def _run(job: TrainingJob, out: Path, *, as_json: bool) -> None:
+    from actors.jobs.launch import run_training
+
+    document = run_training(
+        job, out, on_progress=lambda point: console.print(json.dumps(point), highlight=False)
+    )
     if as_json:
-        print_json(
-            {
-                "checkpoint": result.checkpoint,
-                "metrics": {**asdict(result.validation), "seconds": result.seconds},
-                "sha256": result.sha256,
-            }
-        )
+        print_json(document)
     else:
-        console.print(f"{result.checkpoint}: validation AUC {result.validation.auc:.3f}")
+        figures = ", ".join(
+            f"{name} {value:.4g}" for name, value in document["metrics"].items() if isinstance(value, float)
+        )
+        console.print(f"{document['checkpoint']}: {figures}", highlight=False)
