@@ -36,11 +36,11 @@ from models.reconstruction.halfmaps import combine_halves
 from models.reconstruction.initial_model import InitialModel, find_initial_model
 from models.reconstruction.masks import mask_from_map
 from models.reconstruction.online_em import EmProgress, OnlineEmSettings
+from models.reconstruction.pose_schedule import RefinementSettings
 from models.reconstruction.refinement import (
     Refinement,
     RefinementProgress,
     RefinementResult,
-    RefinementSettings,
     WarmPoses,
 )
 from models.reconstruction.symmetry import impose_symmetry, symmetry_score

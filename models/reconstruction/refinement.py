@@ -17,39 +17,20 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from models.reconstruction.grids import asymmetric_unit, random_rotations, shift_grid, so3_grid
-from models.reconstruction.masks import mask_from_map
+from models.reconstruction.grids import random_rotations
+from models.reconstruction.half_references import FLAT_SSNR, half_references
 from models.reconstruction.online_em import soft_sphere
 from models.reconstruction.particle_data import ParticleData
-from models.reconstruction.pose_search import Hypotheses, LocalLevel, search_globally, search_locally
-from models.reconstruction.projector import cube_to_volume, extract_slices, sums_to_volume, volume_to_cube
-from models.reconstruction.scoring import ShiftSearch, fast_products, weighted_images
-from models.reconstruction.sufficient import (
-    ReconstructionGrid,
-    accumulate_posed,
-    correlate_shells,
-    ring_mean,
-    solve_map,
-    ssnr_of,
+from models.reconstruction.pose_schedule import (
+    Reference,
+    RefinementSettings,
+    align_globally,
+    align_locally,
 )
-
-FSC_THRESHOLD = 0.143
-"""The half-map correlation up to which a shell is used for alignment (Rosenthal & Henderson 2003)."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RefinementSettings:
-    """The schedule; shells count cycles per box, fractions are of the box."""
-
-    n_global: int = 3
-    n_local: int = 5
-    initial_resolution_angstrom: float = 30.0
-    global_max_shell: float = 11.0
-    grid_order: int = 2
-    n_keep: int = 6
-    mask_diameter_fraction: float = 0.85
-    shift_sigma_fraction: float = 3.0 / 64.0
-    shift_step_fraction: float = 1.0 / 32.0
+from models.reconstruction.pose_search import Hypotheses
+from models.reconstruction.projector import cube_to_volume, extract_slices, sums_to_volume, volume_to_cube
+from models.reconstruction.scoring import fast_products, weighted_images
+from models.reconstruction.sufficient import ReconstructionGrid, accumulate_posed, ring_mean, solve_map
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,17 +93,7 @@ class _Half:
         self.gain[index] = found.scores[:, 0]
 
     def estimate_noise(self, shell: float) -> None:
-        """Set σ² per ring to the mean residual power; beyond `shell` the images' power stands."""
-        near = self.data.within(shell)
-        total = torch.zeros(int(near.plane.shell.max()) + 1)
-        for index in torch.arange(len(near)).split(512):
-            part = near.take(index)
-            slices = extract_slices(self.cube, self.rotations[index], near.plane)
-            model = part.ctf * slices * near.plane.phases(-self.shifts[index])
-            residual = (part.coefficients - model).abs().square()
-            total += len(part) * ring_mean(residual, near.plane.shell, total.numel())
-        self.noise = self.data.mean_power().clamp_min(1e-20)
-        self.noise[: total.numel()] = (total / len(near)).clamp_min(1e-20)
+        self.noise = residual_noise(self.data, self.cube, self.rotations, self.shifts, shell)
 
     def reconstruct(self, group: Float[Tensor, "g 3 3"], index: Tensor | None = None) -> None:
         """Accumulate all images (or those at `index`) at their poses."""
@@ -222,96 +193,35 @@ class Refinement:
     def _align(self, half: _Half, turn: Tensor, *, is_global: bool) -> None:
         unknown = (~half.is_known).nonzero()[:, 0]
         known = half.is_known.nonzero()[:, 0]
+        reference = Reference(half.cube, half.inverse_noise(), self.shell)
+
+        def locally(index: Tensor) -> Hypotheses:
+            poses = half.rotations[index], half.shifts[index]
+            return align_locally(half.data.take(index), reference, self.settings, *poses, self.check)
+
         if is_global and unknown.numel():
-            half.adopt(unknown, self._align_globally(half, unknown, turn))
+            found = align_globally(
+                half.data.take(unknown), reference, self.settings, self.group, turn, self.check
+            )
+            half.adopt(unknown, found)
         elif unknown.numel():
-            half.adopt(unknown, self._align_locally(half, unknown))
+            half.adopt(unknown, locally(unknown))
         if known.numel():
-            half.adopt(known, self._align_locally(half, known))
-
-    def _align_globally(self, half: _Half, index: Tensor, turn: Tensor) -> Hypotheses:
-        s, box = self.settings, self.data.box_size_px
-        coarse_shell = min(self.shell, s.global_max_shell)
-        rotations = asymmetric_unit(so3_grid(s.grid_order) @ turn, self.group)
-        search = ShiftSearch.gaussian(
-            shift_grid(2, s.shift_step_fraction * box), s.shift_sigma_fraction * box
-        )
-        data = half.data.take(index)
-        near = data.within(coarse_shell)
-        noise = half.inverse_noise()
-        found = search_globally(
-            near, half.cube, noise[: len(near.plane)], rotations, search, n_keep=s.n_keep, check=self.check
-        )
-        step_deg, step_px = 60.0 / 2**s.grid_order / 2, s.shift_step_fraction * box / 2
-        levels = [
-            LocalLevel(step_deg, step_px, 4, coarse_shell),
-            LocalLevel(step_deg / 2, step_px / 2, 2, self._shell_for(step_deg / 2)),
-            LocalLevel(step_deg / 4, step_px / 4, 1, self._shell_for(step_deg / 4)),
-        ]
-        if self._needs_step_below(step_deg / 4):
-            levels.append(LocalLevel(step_deg / 8, step_px / 4, 1, self.shell))
-        return search_locally(
-            data, half.cube, noise, found, levels,
-            shift_sigma_px=s.shift_sigma_fraction * box, check=self.check,
-        )  # fmt: skip
-
-    def _align_locally(self, half: _Half, index: Tensor) -> Hypotheses:
-        s, box = self.settings, self.data.box_size_px
-        start = Hypotheses(
-            half.rotations[index][:, None], half.shifts[index][:, None], torch.zeros((index.numel(), 1))
-        )
-        step_deg, step_px = 3.0, 0.5 * s.shift_step_fraction * box
-        levels = [
-            LocalLevel(step_deg / 2**i, step_px / 2**i, 1, self._shell_for(step_deg / 2**i)) for i in range(4)
-        ]
-        levels = [
-            level for i, level in enumerate(levels) if i == 0 or self._needs_step_below(level.step_deg * 2)
-        ]
-        return search_locally(
-            half.data.take(index), half.cube, half.inverse_noise(), start, levels,
-            shift_sigma_px=s.shift_sigma_fraction * box, check=self.check,
-        )  # fmt: skip
-
-    def _shell_for(self, step_deg: float) -> float:
-        """Return the radius that a step can tell apart: beyond 0.4 waves at the rim, points are wasted on it."""
-        return min(self.shell, max(self.settings.global_max_shell, 0.4 / (0.35 * math.radians(step_deg))))
-
-    def _needs_step_below(self, step_deg: float) -> bool:
-        """Say whether half this step still moves the particle's rim by a fifth of the finest wave in use."""
-        rim_px = 0.5 * 0.7 * self.data.box_size_px
-        wave_px = self.data.box_size_px / self.shell
-        return math.radians(step_deg) * rim_px > 0.2 * wave_px
+            half.adopt(known, locally(known))
 
     def _update(self) -> None:
-        one = torch.full((self.grid.n_shells,), 10.0)
-        plain = [half.volume(one) for half in self.halves]
-        masks = [self._mask(v) for v in plain]
-        cubes = [volume_to_cube(v * m, self.grid.max_shell) for v, m in zip(plain, masks, strict=True)]
-        self.fsc = correlate_shells(cubes[0], cubes[1], self.grid)
-        above = self.fsc >= FSC_THRESHOLD
-        crossing = int((~above[1:]).int().argmax()) if not bool(above[1:].all()) else self.grid.n_shells - 1
-        # Two shells beyond the crossing let a resolution that can grow do so; the prior keeps them quiet.
-        shell = min(self.grid.max_shell, max(crossing, 3) + 2.0)
-        self.n_unimproved = 0 if shell > self.best_shell else self.n_unimproved + 1
-        self.best_shell = max(self.best_shell, shell)
-        self.shell = shell
-        ssnr = ssnr_of(self.fsc, n_halves=1)
-        ssnr = torch.where(torch.arange(self.grid.n_shells) <= shell, ssnr, torch.zeros(()))
-        for half, mask in zip(self.halves, masks, strict=True):
-            half.cube = volume_to_cube(half.volume(ssnr) * mask, self.grid.max_shell)
-
-    def _mask(self, volume: Tensor) -> Tensor:
-        """Return a half's own solvent mask: the sphere at first, the map's wide envelope later."""
-        if self.iteration < 1:
-            return self.sphere
-        wide = mask_from_map(
-            volume,
+        found = half_references(
+            lambda half, ssnr: self.halves[half - 1].volume(ssnr),
+            self.grid,
             self.data.pixel_size_angstrom,
-            lowpass_angstrom=20.0,
-            dilate_angstrom=15.0,
-            soft_angstrom=12.0,
+            self.sphere,
+            is_first=self.iteration < 1,
         )
-        return wide * self.sphere
+        self.fsc, self.shell = found.fsc, found.shell
+        self.n_unimproved = 0 if found.shell > self.best_shell else self.n_unimproved + 1
+        self.best_shell = max(self.best_shell, found.shell)
+        for half, cube in zip(self.halves, found.cubes, strict=True):
+            half.cube = cube
 
     def result(self) -> RefinementResult:
         """Return unfiltered half maps and poses in the input's order."""
@@ -319,7 +229,7 @@ class Refinement:
         rotations, shifts, gain = torch.eye(3).repeat(n, 1, 1), torch.zeros((n, 2)), torch.zeros(n)
         for index, half in zip(self.indices, self.halves, strict=True):
             rotations[index], shifts[index], gain[index] = half.rotations, half.shifts, half.gain
-        flat = torch.full((self.grid.n_shells,), 10.0)
+        flat = torch.full((self.grid.n_shells,), FLAT_SSNR)
         return RefinementResult(
             half1=self.halves[0].volume(flat),
             half2=self.halves[1].volume(flat),
@@ -333,6 +243,27 @@ class Refinement:
 
 def _take_warm(warm: WarmPoses, index: Tensor) -> WarmPoses:
     return WarmPoses(warm.rotations[index], warm.shifts_xy_px[index], warm.is_known[index])
+
+
+def residual_noise(
+    data: ParticleData,
+    cube: Float[Tensor, "2 d d d"],
+    rotations: Float[Tensor, "b 3 3"],
+    shifts_xy_px: Float[Tensor, "b 2"],
+    shell: float,
+) -> Float[Tensor, "s"]:
+    """Return σ² per ring: the mean residual power up to `shell`, the images' own power beyond."""
+    near = data.within(shell)
+    total = torch.zeros(int(near.plane.shell.max()) + 1)
+    for index in torch.arange(len(near)).split(512):
+        part = near.take(index)
+        slices = extract_slices(cube, rotations[index], near.plane)
+        model = part.ctf * slices * near.plane.phases(-shifts_xy_px[index])
+        residual = (part.coefficients - model).abs().square()
+        total += len(part) * ring_mean(residual, near.plane.shell, total.numel())
+    noise = data.mean_power().clamp_min(1e-20)
+    noise[: total.numel()] = (total / len(near)).clamp_min(1e-20)
+    return noise
 
 
 def match_scale(

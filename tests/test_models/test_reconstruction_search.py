@@ -11,8 +11,9 @@ from models.fourier.point_groups import symmetry_matrices
 from models.reconstruction.blobs import BlobPhantom, BlobSet, pose_errors_deg, simulate_blob_images
 from models.reconstruction.grids import random_rotations, rotation_vector_to_matrix
 from models.reconstruction.online_em import OnlineEm, OnlineEmSettings
+from models.reconstruction.pose_schedule import RefinementSettings
 from models.reconstruction.projector import volume_to_cube
-from models.reconstruction.refinement import Refinement, RefinementSettings, WarmPoses, match_scale
+from models.reconstruction.refinement import Refinement, WarmPoses, match_scale
 from models.reconstruction.sufficient import ReconstructionGrid, correlate_shells
 from models.reconstruction.symmetry import find_frames, symmetry_score, turn_volume
 
