@@ -5,14 +5,23 @@ One bad file costs one line on stderr; the others go on, and the command ends wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from stream.commands.common import AsJson, PixelSize, console, print_json
 from stream.records.errors import ConfigurationError, IcestreamError, InputError, ResourceError
+
+if TYPE_CHECKING:
+    from actors.preprocess.settings import PreprocessSettings
+    from stream.ingest.eer import EerUpsampling
+    from stream.ingest.gain import GainConvention
+    from stream.records.values import Exposure, GainOrientation
+
+_MAX_MOVIES_TO_ORIENT = 8
 
 Voltage = Annotated[float, typer.Option("--voltage-kv", min=50, max=1500, help="Acceleration voltage in kV.")]
 Cs = Annotated[float, typer.Option("--cs-mm", min=0, max=10, help="Spherical aberration in mm.")]
@@ -58,12 +67,37 @@ def preprocess(
     gain_rotate_deg: Annotated[
         int, typer.Option("--gain-rotate-deg", help="Turn the gain counter-clockwise (0, 90, 180, 270).")
     ] = 0,
+    gain_orientation: Annotated[
+        str,
+        typer.Option(
+            "--gain-orientation",
+            help="given: as the three options above say; auto: as the given movies show.",
+        ),
+    ] = "given",
+    gain_convention: Annotated[
+        str,
+        typer.Option(
+            "--gain-convention", help="multiply, divide, or auto: .gain files (EER) divide, others multiply."
+        ),
+    ] = "auto",
     binning: Annotated[
         float, typer.Option("--binning", min=1, max=8, help="Fourier cropping of the movie.")
     ] = 1.0,
     eer_fractions: Annotated[
         int, typer.Option("--eer-fractions", min=1, help="Dose fractions of an EER.")
     ] = 40,
+    eer_dose_per_fraction_e_per_angstrom2: Annotated[
+        float | None,
+        typer.Option(
+            "--eer-dose-per-fraction-e-per-angstrom2", min=0.01, help="In place of a number of fractions."
+        ),
+    ] = None,
+    eer_upsampling: Annotated[
+        int,
+        typer.Option(
+            "--eer-upsampling", min=1, max=2, help="Frames of an EER on pixels of the sensor's size, or half."
+        ),
+    ] = 1,
     box_size_px: Annotated[
         int | None, typer.Option("--box-size-px", min=16, help="Side of an extracted particle.")
     ] = None,
@@ -83,7 +117,7 @@ def preprocess(
     r"""Align, dose-weight, fit the CTF, pick and extract given movies or micrographs.
 
     Example: icestream preprocess raw/*.tiff --out OUT --pixel-size-angstrom 0.885 --voltage-kv 200
-    --cs-mm 1.4 --dose-e-per-angstrom2 30 --particle-diameter-angstrom 180 --gain gain.mrc
+    --cs-mm 1.4 --dose-e-per-angstrom2 30 --particle-diameter-angstrom 180 --gain gain.mrc --gain-orientation auto
     """
     from actors.preprocess.exposure import preprocess_exposure
     from actors.preprocess.settings import PreprocessSettings
@@ -92,6 +126,8 @@ def preprocess(
     from stream.store.layout import OutputLayout
 
     _check_defocus(min_defocus_angstrom, max_defocus_angstrom)
+    _one_of("--gain-orientation", gain_orientation, ("given", "auto"))
+    _one_of("--gain-convention", gain_convention, ("auto", "multiply", "divide"))
     settings = PreprocessSettings(
         pixel_size_angstrom=_positive("pixel_size_angstrom", pixel_size_angstrom),
         optics=Optics(voltage_kv=voltage_kv, cs_mm=cs_mm, amplitude_contrast=amplitude_contrast),
@@ -101,8 +137,11 @@ def preprocess(
         gain_flip_x=gain_flip_x,
         gain_flip_y=gain_flip_y,
         gain_rotate_deg=gain_rotate_deg,
+        gain_convention=cast("GainConvention", gain_convention),
         binning=binning,
         eer_fractions=eer_fractions,
+        eer_dose_per_fraction_e_per_angstrom2=eer_dose_per_fraction_e_per_angstrom2,
+        eer_upsampling=cast("EerUpsampling", eer_upsampling),
         ctf_search=CtfSearch(
             min_defocus_angstrom=min_defocus_angstrom, max_defocus_angstrom=max_defocus_angstrom
         ),
@@ -116,9 +155,18 @@ def preprocess(
         raise ConfigurationError(gain, "--gain names a file that exists")
     layout = OutputLayout(out)
     names = _unique_names(movies)
+    orientation = None
+    if gain_orientation == "auto":
+        if gain_flip_x or gain_flip_y or gain_rotate_deg:
+            raise ConfigurationError(
+                "--gain-orientation auto",
+                "finds flips and rotation itself: leave --gain-flip-… and -rotate-deg out",
+            )
+        orientation = _orient_gain(movies, names, settings)
 
     def process(path: Path) -> dict[str, Any]:
-        result = preprocess_exposure(_inspect(path, names[path]), settings, layout)
+        exposure = _inspect(path, names[path], settings)
+        result = preprocess_exposure(exposure, settings, layout, gain_orientation=orientation)
         motion = None if result.motion is None else result.motion.total_motion_angstrom
         fit = result.ctf
         return {
@@ -128,10 +176,44 @@ def preprocess(
             "ice_ratio": result.ice_ratio,
             "picks": result.n_picks,
             "particles": result.n_particles,
+            "gain_residual": result.gain_residual,
             "seconds": {stage: round(value, 3) for stage, value in result.seconds.items()},
         }
 
     _run(movies, process, as_json=as_json)
+
+
+def _orient_gain(
+    movies: Sequence[Path], names: Mapping[Path, str], settings: PreprocessSettings
+) -> GainOrientation:
+    """Return how the gain reference lies, by one movie or as many of the given as it takes, at most 8."""
+    from actors.preprocess.gain import orient_session_gain
+    from stream.records.values import InputKind
+
+    if settings.gain is None:
+        raise ConfigurationError("--gain-orientation auto", "needs a reference: --gain")
+    exposures = []
+    for path in movies[:_MAX_MOVIES_TO_ORIENT]:
+        try:
+            exposure = _inspect(path, names[path], settings)
+        except IcestreamError:
+            continue  # it is told of when its turn comes
+        if exposure.kind is InputKind.MOVIE:
+            exposures.append(exposure)
+    note = "none of the files can be read as a movie"
+    n_movies = 1
+    while exposures:
+        found = orient_session_gain(exposures[:n_movies], settings)
+        note = found.note
+        if found.orientation is not None:
+            console.print(f"gain: {note}", highlight=False, soft_wrap=True)
+            return found.orientation
+        if n_movies >= len(exposures):
+            break
+        n_movies *= 2
+    raise ConfigurationError(
+        settings.gain, "shows in the movies how it lies (else say so: --gain-orientation given)", note
+    )
 
 
 def ctf(
@@ -243,25 +325,21 @@ def _as_text(document: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def _inspect(path: Path, name: str) -> Any:  # noqa: ANN401 - Exposure, imported lazily
-    """Return the file's exposure: a movie, or a micrograph where it holds a single image."""
-    from stream.ingest.metadata import read_acquisition_metadata
-    from stream.ingest.movie_reader import MovieFormat, check_content, identify_file, inspect_movie
-    from stream.records.particles import derive_exposure_id
-    from stream.records.values import Exposure, InputKind
+def _inspect(path: Path, name: str, settings: PreprocessSettings) -> Exposure:
+    """Return the file's exposure, valid as the service has it: a movie, or a micrograph of a single image."""
+    from stream.ingest.movie_reader import MovieFormat, inspect_movie
+    from stream.ingest.validation import ExpectedAcquisition, validate_image_file
+    from stream.records.values import InputKind
 
     header = inspect_movie(path)
-    check_content(path, header)
     is_single = header.n_frames == 1 and header.format is not MovieFormat.EER
-    return Exposure(
-        exposure_id=derive_exposure_id(path.name),
-        name=name,
-        kind=InputKind.MICROGRAPH if is_single else InputKind.MOVIE,
-        file=identify_file(path),
-        n_frames=header.n_frames,
-        shape_yx=header.shape_yx,
-        metadata=read_acquisition_metadata(path),
+    expected = ExpectedAcquisition(
+        pixel_size_angstrom=settings.pixel_size_angstrom,
+        voltage_kv=settings.optics.voltage_kv,
+        dose_e_per_angstrom2=settings.dose_e_per_angstrom2,
     )
+    kind = InputKind.MICROGRAPH if is_single else InputKind.MOVIE
+    return replace(validate_image_file(path, path.name, kind, expected=expected, gain=None), name=name)
 
 
 def _unique_names(paths: Sequence[Path]) -> dict[Path, str]:
@@ -286,6 +364,11 @@ def _check_spectrum(path: Path, shape: tuple[int, ...]) -> None:
 def _check_defocus(low: float, high: float) -> None:
     if not low < high:
         raise ConfigurationError("--max-defocus-angstrom", f"is above --min-defocus-angstrom ({low:g})", high)
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigurationError(name, f"is one of {', '.join(allowed)}", value)
 
 
 def _positive(name: str, value: float) -> float:
