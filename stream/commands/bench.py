@@ -71,6 +71,12 @@ def _score(folder: Path, size: int | None) -> Figures:
     return [run_score_benchmark(folder, n_particles=size or 4_000)]
 
 
+def _vit_b(folder: Path, size: int | None) -> Figures:
+    from stream.commands.bench_vit import run_vit_benchmark
+
+    return run_vit_benchmark(folder, n_particles=size or 48)
+
+
 def _feature_cache(folder: Path, size: int | None) -> Figures:
     from stream.commands.bench_features import run_feature_cache_benchmark
 
@@ -82,5 +88,6 @@ BENCHMARKS: dict[str, Callable[[Path, int | None], Figures]] = {
     "journal": _journal,
     "stream": _stream,
     "score": _score,
+    "vit-b": _vit_b,
     "feature-cache": _feature_cache,
 }

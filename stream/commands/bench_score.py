@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 
 def run_score_benchmark(
@@ -34,9 +35,10 @@ def run_score_benchmark(
     from stream.commands.score import load_scorer
     from stream.store.feature_cache import FeatureCache
 
-    stacks = _write_stacks(folder, n_particles, box_size_px, n_per_exposure, seed)
     scorer = load_scorer(model, n_threads=n_threads, batch_size=batch_size)
-    images = np.concatenate([np.memmap(path, np.float32, "r", 1024, shape) for path, shape in stacks])
+    noise = np.random.default_rng(seed)
+    images = noise.standard_normal((n_particles, box_size_px, box_size_px), dtype=np.float32)
+    stacks = write_stacks(folder, images, n_per_exposure)
     scorer.score(images[:batch_size])
     whole_s, inference_s, whole_cpu_s, inference_cpu_s = [], [], 0.0, 0.0
     for repeat in range(n_repeats):
@@ -83,18 +85,18 @@ def run_score_benchmark(
     }
 
 
-def _write_stacks(
-    folder: Path, n_particles: int, box_size_px: int, n_per_exposure: int, seed: int
+def write_stacks(
+    folder: Path, images: NDArray[np.float32], n_per_exposure: int
 ) -> list[tuple[Path, tuple[int, int, int]]]:
+    """Write images `(b, n, n)` as stacks and return each one's path and shape."""
     import mrcfile
 
-    rng = np.random.default_rng(seed)
     stacks = []
-    for number, start in enumerate(range(0, n_particles, n_per_exposure)):
-        shape = (min(n_per_exposure, n_particles - start), box_size_px, box_size_px)
+    for number, start in enumerate(range(0, len(images), n_per_exposure)):
+        part = images[start : start + n_per_exposure]
         path = folder / f"stack{number:04d}.mrcs"
         with mrcfile.new(path, overwrite=True) as stack:
-            stack.set_data(rng.normal(size=shape).astype(np.float32))
+            stack.set_data(part)
             stack.set_image_stack()
-        stacks.append((path, shape))
+        stacks.append((path, (len(part), part.shape[1], part.shape[2])))
     return stacks

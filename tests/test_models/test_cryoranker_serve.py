@@ -1,5 +1,6 @@
 """Export and serving: ONNX agrees with torch, and files that are not rankers are refused."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from models.cryo_ief.config import Head, VitConfig
-from models.cryo_ief.export import ExportedVit, export_onnx, fold_batch_norm
+from models.cryo_ief.export import ExportedVit, export_onnx, fold_batch_norm, smooth_activations
 from models.cryo_ief.preprocess import preprocess_particles
 from models.cryo_ief.vit import CryoVit, unit_feature
 from models.cryoranker.serve import OnnxRanker
@@ -53,6 +54,23 @@ def test_folding_batch_norm_changes_no_output(model):
         torch.testing.assert_close(folded(particles), model(particles), atol=2e-5, rtol=1e-4)
     assert not any("norm2" in name for name in folded.state_dict())
     assert any("norm2" in name for name in model.state_dict())
+
+
+def test_smoothing_activations_changes_no_output_and_shares_the_channels_ranges(model):
+    particles = torch.randn((4, 1, 32, 32), generator=torch.Generator().manual_seed(0))
+    wide = copy.deepcopy(model)
+    wide.blocks[0].norm1.weight.data[5] = 60.0
+    smooth = smooth_activations(wide, particles)
+    seen = []
+    with torch.inference_mode():
+        for net in (wide, smooth):
+            hook = net.blocks[0].attn.qkv.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+            net.encode(particles)
+            hook.remove()
+        torch.testing.assert_close(smooth(particles), wide(particles), atol=1e-4, rtol=1e-3)
+    before, after = (x.abs().amax(dim=(0, 1)) for x in seen)
+    assert before.max() / before.median() > 20
+    assert after.max() / after.median() < 0.3 * before.max() / before.median()
 
 
 def test_export_reports_parity_within_tolerance(exported):
@@ -136,9 +154,8 @@ def test_half_precision_export_stays_within_its_tolerance(tmp_path):
     assert np.isfinite(scores).all()
 
 
-def test_int8_export_ranks_like_torch_and_says_so(tmp_path, monkeypatch):
+def test_int8_export_ranks_like_torch_and_says_so(tmp_path):
     # Random weights quantise worse than trained ones; what is tested is that the figure is measured and kept.
-    monkeypatch.setattr("models.cryo_ief.export.MIN_INT8_SPEARMAN", 0.9)
     path = tmp_path / "int8.onnx"
     report = export_onnx(
         random_model(),
@@ -147,6 +164,7 @@ def test_int8_export_ranks_like_torch_and_says_so(tmp_path, monkeypatch):
         source_sha256="0" * 64,
         precision="int8",
         check_particles=torch.from_numpy(preprocess_particles(graded_images(64), 32, 0.5, 0.2)),
+        min_int8_spearman=0.9,
     )
     assert 0.9 <= report.score_spearman < 1.0
     assert OnnxRanker(path).info.precision == "int8"
@@ -154,11 +172,17 @@ def test_int8_export_ranks_like_torch_and_says_so(tmp_path, monkeypatch):
     assert json.loads(stored["parity"])["score_spearman"] == report.score_spearman
 
 
-def test_int8_export_that_ranks_otherwise_is_refused_and_not_written(tmp_path, monkeypatch):
-    monkeypatch.setattr("models.cryo_ief.export.MIN_INT8_SPEARMAN", 1.01)
+def test_int8_export_that_ranks_otherwise_is_refused_and_not_written(tmp_path):
     path = tmp_path / "int8.onnx"
     with pytest.raises(ValueError, match="rank correlation"):
-        export_onnx(random_model(), path, layout="x", source_sha256="0" * 64, precision="int8")
+        export_onnx(
+            random_model(),
+            path,
+            layout="x",
+            source_sha256="0" * 64,
+            precision="int8",
+            min_int8_spearman=1.01,
+        )
     assert not path.exists()
 
 

@@ -1,0 +1,249 @@
+"""Benchmark of the full-size ranker (ViT-B/14): the scoring path against a plain PyTorch loop and the machine's GEMM.
+
+Weights are random, because the authors' are not ours to ship; the time of a network does not depend on them.
+Everything runs with one compute thread, alternates `n_repeats` times in one process, and medians count.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stream.commands.bench_score import write_stacks
+from stream.records.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from models.cryo_ief.export import Precision
+    from models.cryo_ief.vit import CryoVit
+    from models.cryoranker.serve import OnnxRanker
+
+_GEMM_SIZE = 2048
+# The scores of random weights spread over a twentieth of a trained ranker's range, so int8's noise weighs more.
+_MIN_SPEARMAN = 0.98
+
+
+def run_vit_benchmark(
+    folder: Path,
+    *,
+    n_particles: int = 48,
+    box_size_px: int = 256,
+    n_per_exposure: int = 16,
+    batch_size: int = 8,
+    n_repeats: int = 3,
+    size: str = "base",
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Return three figures: int8 path against the eager loop, fp32 inference against GEMM, path against inference.
+
+    The eager loop is what the authors' own code does: a DataLoader with one worker that reads and resizes one
+    particle at a time, and the float32 network in evaluation mode.
+    """
+    import torch
+    from scipy.stats import spearmanr
+
+    if n_particles < 2 * batch_size:
+        raise ConfigurationError(
+            "bench vit-b", f"at least two batches of {batch_size} particles", n_particles
+        )
+    torch.set_num_threads(1)
+    model, fp32, int8, particles = _export(folder, size, batch_size, n_particles, seed)
+    # what was prepared for the network, mirrored out to the box of an extracted particle
+    rim = (box_size_px - particles.shape[-1]) // 2
+    images = np.pad(particles, ((0, 0), (rim, rim), (rim, rim)), mode="reflect")
+    stacks = write_stacks(folder, images, n_per_exposure)
+    flop = flop_per_image(model)
+
+    found: dict[str, NDArray[np.float32]] = {}
+    seconds: dict[str, list[float]] = {}
+
+    def measure(name: str, run: Callable[[], NDArray[np.float32] | None]) -> None:
+        started = time.perf_counter()
+        scores = run()
+        seconds.setdefault(name, []).append(time.perf_counter() - started)
+        if scores is not None:
+            found[name] = scores
+
+    prepared = _prepare(fp32, images)
+    paths = iter(folder / f"cache{repeat}" for repeat in range(n_repeats))
+    square = torch.randn(_GEMM_SIZE, _GEMM_SIZE)
+    for _ in range(n_repeats):
+        measure("eager", lambda: _score_eagerly(model, stacks, batch_size))
+        measure("int8", lambda: _score_prepared(int8, prepared, batch_size))
+        measure("path", lambda: _score_path(int8, stacks, batch_size, next(paths)))
+        measure("fp32", lambda: _score_prepared(fp32, prepared, batch_size))
+        measure("gemm", lambda: _multiply(square))
+    rate = {name: n_particles / float(np.median(s)) for name, s in seconds.items()}
+    gemm = 8 * 2 * _GEMM_SIZE**3 / float(np.median(seconds["gemm"]))
+    common: dict[str, Any] = {
+        "n_particles": n_particles,
+        "box_size_px": box_size_px,
+        "batch_size": batch_size,
+        "n_threads": 1,
+        "architecture": model.config.architecture,
+        "gflop_per_image": flop / 1e9,
+    }
+    return [
+        {
+            "name": "vit-b path",
+            "value": rate["path"],
+            "unit": "particles/s from stacks to the cache, int8",
+            "baseline": "PyTorch eager float32 with a DataLoader, same run",
+            "baseline_value": rate["eager"],
+            "ratio": rate["path"] / rate["eager"],
+            "spearman": float(spearmanr(found["path"], found["eager"]).statistic),
+            "provider": int8.provider,
+            **common,
+        },
+        {
+            "name": "vit-b float32 inference",
+            "value": rate["fp32"] * flop / 1e9,
+            "unit": "GFLOP/s",
+            "baseline": f"torch.matmul of {_GEMM_SIZE} x {_GEMM_SIZE} float32, same run",
+            "baseline_value": gemm / 1e9,
+            "ratio": rate["fp32"] * flop / gemm,
+            "images_per_s": rate["fp32"],
+            "max_abs_score_difference": float(np.abs(found["fp32"] - found["eager"]).max()),
+        },
+        {
+            "name": "vit-b path hidden behind inference",
+            "value": rate["path"],
+            "unit": "particles/s",
+            "baseline": "int8 inference alone on prepared images, same run",
+            "baseline_value": rate["int8"],
+            "ratio": rate["path"] / rate["int8"],
+        },
+    ]
+
+
+def flop_per_image(model: CryoVit) -> float:
+    """Return multiply-adds × 2 of one image: blocks (24 t d² + 4 t² d each) and patch embedding."""
+    c = model.config
+    n_patches = (c.input_size_px // c.patch_size_px) ** 2
+    t, d = n_patches + 1, c.width
+    block = (8 + 4 * c.mlp_ratio) * t * d**2 + 4 * t**2 * d
+    return float(c.depth * block + 2 * n_patches * c.patch_size_px**2 * d)
+
+
+def _export(
+    folder: Path, size: str, batch_size: int, n_particles: int, seed: int
+) -> tuple[CryoVit, OnnxRanker, OnnxRanker, NDArray[np.float32]]:
+    import torch
+
+    from models.cryo_ief.config import vit_config
+    from models.cryo_ief.export import export_onnx
+    from models.cryo_ief.vit import CryoVit
+    from models.cryoranker.serve import OnnxRanker
+    from stream.commands.export import check_particles
+
+    torch.manual_seed(seed)
+    model = CryoVit(vit_config(size))
+    check = check_particles(model.config, n=max(64, n_particles))
+    _settle_batch_norms(model, check[:32])
+    rankers = []
+    precisions: tuple[Precision, ...] = ("fp32", "int8")
+    for precision in precisions:
+        path = folder / f"{precision}.onnx"
+        export_onnx(
+            model,
+            path,
+            layout="benchmark",
+            source_sha256="0" * 64,
+            precision=precision,
+            check_particles=check[:64],
+            min_int8_spearman=_MIN_SPEARMAN,
+        )
+        rankers.append(OnnxRanker(path, n_threads=1, batch_size=batch_size))
+    return model, rankers[0], rankers[1], check[:n_particles, 0].numpy()
+
+
+def _settle_batch_norms(model: CryoVit, particles: Tensor) -> None:
+    """Give the BatchNorms the statistics of particles, as training would; without them images hardly differ."""
+    import torch
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm1d):
+            module.momentum = None
+    model.train()
+    with torch.no_grad():
+        for batch in torch.split(particles, 8):
+            model(batch)
+    model.eval()
+
+
+def _prepare(ranker: OnnxRanker, images: NDArray[np.float32]) -> NDArray[np.float32]:
+    from models.cryo_ief.preprocess import preprocess_particles
+
+    info = ranker.info
+    return preprocess_particles(images, info.input_size_px, info.mean, info.std, info.resize_mode)
+
+
+def _score_prepared(
+    ranker: OnnxRanker, prepared: NDArray[np.float32], batch_size: int
+) -> NDArray[np.float32]:
+    starts = range(0, len(prepared), batch_size)
+    return np.concatenate([ranker.score_prepared(prepared[s : s + batch_size])[0] for s in starts])
+
+
+def _score_path(
+    ranker: OnnxRanker, stacks: list[tuple[Path, tuple[int, int, int]]], batch_size: int, folder: Path
+) -> NDArray[np.float32]:
+    from actors.ranker import BatchingRanker
+    from stream.store.feature_cache import FeatureCache
+
+    with FeatureCache(folder) as cache, ThreadPoolExecutor(2) as callers:
+        batching = BatchingRanker(ranker, cache, batch_size=batch_size)
+        first = np.cumsum([0, *(shape[0] for _, shape in stacks)])
+
+        def score(number: int) -> NDArray[np.float32]:
+            path, shape = stacks[number]
+            indices = np.arange(shape[0])
+            uids = (indices + 1 + first[number]).astype(np.uint64)
+            return batching.score_images(uids, np.full(shape[0], str(path), dtype=object), indices).scores
+
+        scores = np.concatenate(list(callers.map(score, range(len(stacks)))))
+        batching.close()
+    return scores
+
+
+def _score_eagerly(
+    model: CryoVit, stacks: list[tuple[Path, tuple[int, int, int]]], batch_size: int
+) -> NDArray[np.float32]:
+    import torch
+    from torch.utils.data import DataLoader
+
+    loader = DataLoader(_OneByOne(model, stacks), batch_size=batch_size, num_workers=1)  # type: ignore[arg-type,var-annotated]
+    with torch.no_grad():
+        return np.concatenate([model.score(model(batch)[1]).numpy() for batch in loader])
+
+
+class _OneByOne:
+    """A map-style data set that opens the stack and resizes one particle per item."""
+
+    def __init__(self, model: CryoVit, stacks: list[tuple[Path, tuple[int, int, int]]]) -> None:
+        self._config = model.config
+        self._items = [(path, shape, i) for path, shape in stacks for i in range(shape[0])]
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: int) -> NDArray[np.float32]:
+        from models.cryo_ief.preprocess import preprocess_particles
+
+        path, shape, i = self._items[index]
+        c = self._config
+        image = np.asarray(np.memmap(path, np.float32, "r", 1024, shape)[i : i + 1])
+        prepared = preprocess_particles(image, c.input_size_px, c.mean, c.std, c.resize_mode)
+        return np.asarray(prepared[0])
+
+
+def _multiply(square: Any) -> None:  # noqa: ANN401 - a tensor; torch is imported lazily
+    for _ in range(8):
+        square @ square
