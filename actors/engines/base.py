@@ -19,6 +19,10 @@ Effort = Literal["quick", "normal", "thorough"]
 """How long the search for an initial model may take: about 1 : 2 : 4 in time."""
 
 
+STATE_NAME = "refinement.state"
+"""Beside poses.star in the folder of a run that later runs may continue."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
     """What the user may choose.

@@ -7,7 +7,7 @@ progress and stopping passed through, and the run folder written (each file whol
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from actors.engines.base import (
+    STATE_NAME,
     EngineInput,
     EngineOutput,
     EngineProgress,
@@ -26,13 +27,16 @@ from actors.engines.base import (
     ProgressCallback,
     StopCheck,
 )
+from actors.engines.incremental_run import measure_growth, refine_incrementally, state_after
 from actors.engines.particle_images import LoadedParticles, load_particles
 from actors.engines.run_folder import RunFolder, RunSummary, measure_orientation
+from actors.engines.state_file import write_state
 from models.fourier.point_groups import symmetry_matrices
 from models.fourier.rotations import euler_to_matrix
 from models.fourier.volumes import resample_volume
 from models.reconstruction.fsc import masked_fsc
 from models.reconstruction.halfmaps import combine_halves
+from models.reconstruction.incremental import IncrementalState
 from models.reconstruction.initial_model import InitialModel, find_initial_model
 from models.reconstruction.masks import mask_from_map
 from models.reconstruction.online_em import EmProgress, OnlineEmSettings
@@ -151,10 +155,26 @@ class EmbeddedEngine:
                     )
                 )
 
+        own = _refinement_settings(settings, particles)
         with _one_thread():
-            result = _refine(particles, reference, settings, group, warm, check, report)
+            outcome = None
+            if warm_start_poses is not None:
+                outcome = refine_incrementally(
+                    particles, warm_start_poses.with_name(STATE_NAME), warm_start_poses, source.root, own, group,
+                    seed=settings.seed, n_threads=settings.n_threads, check=check,
+                )  # fmt: skip
+            if outcome is None:
+                result = _refine(particles, reference, settings, own, group, warm, check, report)
+                state = state_after(particles, result, own, group)
+            else:
+                result, state = outcome.result, outcome.state
+                notes.append(outcome.note)
         clock.lap("refine")
-        return _finish(particles, result, settings, group, RunFolder(out), clock, notes)
+        folder = RunFolder(out)
+        if state is not None:
+            write_state(folder.state, state)
+        clock.lap("state")
+        return _finish(particles, result, state, settings, group, folder, clock, notes)
 
     def orientation_diagnostics(self, out: Path) -> Mapping[str, Any]:
         """Measure the diagnostics of a finished run folder again, from its half maps, mask and poses."""
@@ -258,18 +278,21 @@ def _warm_poses(
     return WarmPoses(euler_to_matrix(euler), origin / particles.data.pixel_size_angstrom, is_known)
 
 
+def _refinement_settings(settings: EngineSettings, particles: LoadedParticles) -> RefinementSettings:
+    own = RefinementSettings(mask_diameter_fraction=_mask_fraction(settings, particles))
+    return replace(own, n_global=2, n_local=3) if settings.effort == "quick" else own
+
+
 def _refine(
     particles: LoadedParticles,
     reference: Tensor,
     settings: EngineSettings,
+    own: RefinementSettings,
     group: Tensor,
     warm: WarmPoses | None,
-    check: Any,  # noqa: ANN401 - a local closure
-    report: Any,  # noqa: ANN401 - likewise
+    check: Callable[[], None],
+    report: Callable[[RefinementProgress], None],
 ) -> RefinementResult:
-    own = RefinementSettings(mask_diameter_fraction=_mask_fraction(settings, particles))
-    if settings.effort == "quick":
-        own = replace(own, n_global=2, n_local=3)
     generator = torch.Generator().manual_seed(settings.seed)
     try:
         refinement = Refinement(
@@ -287,6 +310,7 @@ def _refine(
 def _finish(
     particles: LoadedParticles,
     result: RefinementResult,
+    state: IncrementalState | None,
     settings: EngineSettings,
     group: Tensor,
     folder: RunFolder,
@@ -313,6 +337,8 @@ def _finish(
     )
     folder.write_pictures(combined.volume, curves, diagnostics, pixel_size)
     clock.lap("orientation")
+    growth = None if state is None else measure_growth(state, mask, folder.growth_picture)
+    clock.lap("growth")
     if curves.resolution_angstrom is None:
         notes.append("the halves do not correlate beyond chance: no resolution")
     elif curves.is_at_nyquist:
@@ -329,6 +355,7 @@ def _finish(
         n_iterations=result.n_iterations,
         notes=tuple(notes),
         seconds=clock.seconds,
+        growth=growth,
     )
     return folder.write_summary(summary)
 

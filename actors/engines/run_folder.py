@@ -15,7 +15,7 @@ import starfile
 import torch
 from torch import Tensor
 
-from actors.engines.base import EngineOutput, EngineSettings
+from actors.engines.base import STATE_NAME, EngineOutput, EngineSettings
 from actors.engines.particle_images import LoadedParticles
 from models.fourier.rotations import matrix_to_euler
 from models.reconstruction.figures import save_fsc_picture, save_map_picture, save_orientation_picture
@@ -43,6 +43,7 @@ class RunSummary:
     n_iterations: int
     notes: tuple[str, ...]
     seconds: Mapping[str, float]
+    growth: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,16 @@ class RunFolder:
     def poses(self) -> Path:
         """Particles with poses."""
         return self.path / "poses.star"
+
+    @property
+    def state(self) -> Path:
+        """The sums that a later run continues from."""
+        return self.path / STATE_NAME
+
+    @property
+    def growth_picture(self) -> Path:
+        """Resolution against the number of particles."""
+        return self.path / "growth.png"
 
     @property
     def summary(self) -> Path:
@@ -200,6 +211,7 @@ class RunFolder:
             "n_particles": output.n_particles,
             "n_excluded": output.n_excluded,
             "b_factor_angstrom2": summary.b_factor_angstrom2,
+            "growth": summary.growth,
             "note": output.note,
             "seconds": output.seconds,
             "provenance": output.provenance,

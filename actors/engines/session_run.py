@@ -11,7 +11,7 @@ import shutil
 import time
 from pathlib import Path
 
-from actors.engines.base import Engine, EngineInput, EngineOutput, EngineSettings
+from actors.engines.base import STATE_NAME, Engine, EngineInput, EngineOutput, EngineSettings
 from stream.records.commands import StartRun
 from stream.records.errors import ConfigurationError
 from stream.records.values import RunId, RunResult
@@ -57,6 +57,9 @@ def run_engine(
     output = engine.refine(source, initial, settings, work, warm_start_poses=poses)
     shutil.rmtree(final, ignore_errors=True)
     work.rename(final)
+    if poses is not None and (final / STATE_NAME).is_file():
+        # Later runs continue from this one; the earlier state is large and has served.
+        poses.with_name(STATE_NAME).unlink(missing_ok=True)
     return _record(request.run_id, engine.name, settings, layout, final, output, seconds)
 
 

@@ -21,6 +21,7 @@ from models.reconstruction.cones import healpix_pixel
 from models.reconstruction.fsc import GOLD_STANDARD_THRESHOLD, FscCurves
 from models.reconstruction.grids import healpix_directions
 from models.reconstruction.orientation import OrientationDiagnostics
+from models.reconstruction.unions import GrowthCurve
 
 _DPI = 110
 VIEW_ORDER = 3
@@ -100,6 +101,45 @@ def save_orientation_picture(diagnostics: OrientationDiagnostics, path: Path, *,
     else:
         _draw_views(figure, figure.add_subplot(2, 2, 4, projection="mollweide"), diagnostics)
     figure.suptitle("   ".join(part for part in (title, _verdict(diagnostics)) if part), fontsize=11)
+    _save(figure, path)
+
+
+def save_growth_picture(curve: GrowthCurve, path: Path, *, title: str = "") -> None:
+    """Write resolution against the number of particles: unions with error bars, the fitted line, a prediction."""
+    figure = _figure(6.4, 4.4)
+    axes = figure.add_subplot()
+    n = np.array([point.n_particles for point in curve.points])
+    y = np.array([point.resolution_angstrom**-2 for point in curve.points])
+    sd = np.array([point.inverse_square_sd for point in curve.points])
+    axes.errorbar(n, y, yerr=sd, fmt="o", color=_BLUE, capsize=3, label="unions of random groups, ± SD")
+    span = np.geomspace(n[0], 4 * n[-1], 50)
+    line = curve.slope * np.log(span) + curve.intercept
+    axes.plot(span, line, "--", color=_GREY, linewidth=1.2, label="1/d² = slope · ln N + constant")
+    scaled = [curve.predict(float(m))[1] for m in span if m > n[-1]]
+    more = [m for m in span if m > n[-1]]
+    axes.plot(
+        more,
+        [math.nan if d is None else d**-2 for d in scaled],
+        color=_ORANGE,
+        linewidth=1.2,
+        label="signal-to-noise ratio grows with N",
+    )
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([*n, 2 * n[-1], 4 * n[-1]])
+    axes.set_xticklabels([f"{m:,.0f}" for m in (*n, 2 * n[-1], 4 * n[-1])])
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, 1e-6), high)
+    ticks = np.linspace(max(low, 1e-6), high, 6)
+    axes.set_yticks(ticks)
+    axes.set_yticklabels([f"{tick**-0.5:.2f}" for tick in ticks])
+    axes.set_xlabel("particles", fontsize=9)
+    axes.set_ylabel("resolution / Å (scale of 1/d²)", fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False, loc="upper left")
+    b_factor = curve.b_factor_angstrom2
+    growth = "no gain with N" if b_factor is None else f"B = {b_factor:.0f} Å²"
+    axes.set_title(f"{title}  {growth}".strip(), fontsize=11)
     _save(figure, path)
 
 

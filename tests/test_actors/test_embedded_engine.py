@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import mrcfile
@@ -15,9 +17,15 @@ import torch
 from actors.engines import embedded
 from actors.engines.base import EngineInput, EngineProgress, EngineSettings, EngineStopped
 from actors.engines.embedded import EmbeddedEngine
+from actors.engines.incremental_run import state_after
 from actors.engines.particle_images import assign_half_sets, good_size_at_most, load_particles
+from actors.engines.state_file import read_state, write_state
 from models.fourier.volumes import resample_volume
 from models.reconstruction.blobs import BlobPhantom, images_of, simulate_blob_images
+from models.reconstruction.buckets import BucketSums
+from models.reconstruction.grids import random_rotations
+from models.reconstruction.pose_schedule import RefinementSettings
+from models.reconstruction.refinement import RefinementResult
 from models.reconstruction.volume_io import read_volume, write_volume
 from stream.records.errors import ConfigurationError, InputError
 
@@ -108,6 +116,99 @@ def test_a_run_leaves_a_complete_folder_with_fixed_halves_and_a_warm_start_conti
     )
     assert second.resolution_angstrom is not None
     assert second.resolution_angstrom < 1.15 * first.resolution_angstrom
+
+
+def test_a_grown_set_continues_the_earlier_runs_sums(particles: Path, tmp_path: Path) -> None:
+    engine, truth = EmbeddedEngine(), particles.with_name("truth.mrc")
+    blocks = starfile.read(particles, always_dict=True, parse_as_string=["icestreamUid"])
+    table = blocks["particles"].assign(rlnRandomSubset=np.arange(N) % 2 + 1)
+    for name, rows in (("old.star", slice(0, 130)), ("new.star", slice(10, N))):
+        blocks["particles"] = table.iloc[rows]
+        starfile.write(blocks, particles.with_name(name), overwrite=True)
+    sources = [
+        EngineInput(particles_star=particles.with_name(n), root=particles.parent)
+        for n in ("old.star", "new.star")
+    ]
+    first = engine.refine(sources[0], truth, SETTINGS, tmp_path / "a")
+    second = engine.refine(sources[1], first.map, SETTINGS, tmp_path / "b", warm_start_poses=first.poses_star)
+    assert "30 new, 30 revisited, 10 dropped" in second.note
+    assert second.seconds["refine"] < 0.5 * first.seconds["refine"]
+    assert second.resolution_angstrom is not None
+    assert first.resolution_angstrom is not None
+    assert second.resolution_angstrom < 1.15 * first.resolution_angstrom
+    poses = starfile.read(second.poses_star, always_dict=True, parse_as_string=["icestreamUid"])["particles"]
+    assert poses["icestreamUid"].tolist() == [str(1000 + i) for i in range(10, N)]
+    state = read_state(tmp_path / "b" / "refinement.state")
+    assert sorted(state.records.uids.tolist()) == list(range(1010, 1000 + N))
+    # The sums are those of the poses that were written: rebuilt from them they are the same.
+    loaded = load_particles(second.poses_star, particles.parent, max_box_px=96)
+    rows = state.records.rows_of(torch.from_numpy(loaded.table.uids.astype(np.int64)))
+    scratch = BucketSums(state.sums.grid.max_shell, BOX)
+    scratch.take(loaded.data, state.records.inserted.take(rows))
+    for bucket, sums in scratch.sums.items():
+        assert float((state.sums.sums[bucket] - sums).norm() / sums.norm()) < 1e-3
+    growth = json.loads((tmp_path / "b" / "summary.json").read_text())["growth"]
+    assert [p["n_particles"] for p in growth["points"]] == sorted(p["n_particles"] for p in growth["points"])
+
+
+def test_a_state_that_is_damaged_or_of_other_halves_is_not_continued(particles: Path, tmp_path: Path) -> None:
+    engine, truth = EmbeddedEngine(), particles.with_name("truth.mrc")
+    half = np.arange(N) % 2 + 1
+    source = _edited(particles, "even.star", rlnRandomSubset=half)
+    first = engine.refine(source, truth, SETTINGS, tmp_path / "a")
+    swapped = _edited(particles, "swapped.star", rlnRandomSubset=3 - half)
+    second = engine.refine(swapped, first.map, SETTINGS, tmp_path / "b", warm_start_poses=first.poses_star)
+    assert "continued" not in second.note
+    path = tmp_path / "a" / "refinement.state"
+    content = bytearray(path.read_bytes())
+    content[-1000] ^= 0xFF
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="checksum"):
+        read_state(path)
+    third = engine.refine(source, first.map, SETTINGS, tmp_path / "c", warm_start_poses=first.poses_star)
+    assert "continued" not in third.note
+    for damage, rule in ((content[:-1], "bytes"), (b"ICSTAT0\n" + content[8:], "magic")):
+        path.write_bytes(damage)
+        with pytest.raises(InputError, match=rule):
+            read_state(path)
+
+
+_WRITER = """
+import sys, torch
+from pathlib import Path
+from actors.engines.state_file import read_state, write_state
+path = Path(sys.argv[1])
+state = read_state(path)
+while True:
+    state.tick += 1
+    write_state(path, state)
+    print(state.tick, flush=True)
+"""
+
+
+def test_a_state_survives_a_kill_at_any_moment(particles: Path, tmp_path: Path) -> None:
+    loaded = load_particles(particles, particles.parent, max_box_px=96)
+    n = len(loaded.data)
+    result = RefinementResult(
+        half1=torch.zeros(0), half2=torch.zeros(0), rotations=random_rotations(n, torch.Generator().manual_seed(1)),
+        shifts_xy_px=torch.zeros(n, 2), log_likelihood_gain=torch.zeros(n), fsc=torch.zeros(0), n_iterations=1,
+    )  # fmt: skip
+    state = state_after(loaded, result, RefinementSettings(), torch.eye(3)[None])
+    assert state is not None
+    path = tmp_path / "refinement.state"
+    write_state(path, state)
+    with subprocess.Popen(
+        [sys.executable, "-c", _WRITER, str(path)], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        for _ in range(3):
+            told = int(process.stdout.readline())
+        process.kill()
+    after = read_state(path)
+    assert after.tick >= told
+    for bucket, sums in state.sums.sums.items():
+        assert sums.dtype == torch.float32
+        assert torch.equal(after.sums.sums[bucket], sums)
 
 
 def test_an_initial_model_is_written_with_every_start_that_was_tried(
