@@ -185,6 +185,12 @@ class Service:
         snapshot = Snapshot(
             n_found=len(controller.exposures),
             states={state.value: controller.n_by_state[state] for state in ExposureState},
+            rejected_by=controller.n_rejected_by,
+            n_particles_in_use=controller.n_above_threshold,
+            accepted_map=controller.best_run,
+            gain_residual=controller.gain_residual.mean,
+            gain_residual_limit=controller.settings.max_gain_residual,
+            is_gain_unknown=controller.gain.is_given_up,
             queue_depth={stage.value: controller.count_waiting(stage) for stage in Stage},
             inflight={stage.value: controller.count_in_flight(stage) for stage in Stage},
             quarantine_reasons=self._count_quarantine_reasons(),

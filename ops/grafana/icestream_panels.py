@@ -93,11 +93,11 @@ OVERVIEW = Row(
             f'icestream_particles_total{{{ME}, decision="accepted"}}',
         ),
         stat(
-            "Resolution", "Latest run, FSC 0.143.", f"icestream_map_resolution_angstroms{{{ME}}}",
+            "Resolution", "Accepted map, FSC 0.143.", f"icestream_map_resolution_angstroms{{{ME}}}",
             unit="suffix: Å", decimals=2,
         ),
         stat(
-            "cFAR", "Latest run; below 0.5 suggests preferred orientation.", f"icestream_cfar_ratio{{{ME}}}",
+            "cFAR", "Accepted map; below 0.5 suggests preferred orientation.", f"icestream_cfar_ratio{{{ME}}}",
             unit="none", decimals=2, thresholds=((None, "red"), (0.5, "green")),
         ),
         stat(
@@ -154,20 +154,61 @@ PARTICLES = Row(
                 Query(expr=f"sum(icestream_picks_total{{{ME}}})", legend="picks"),
             ),
         ),
+    ),
+)  # fmt: skip
+
+
+def median(metric: str, legend: str) -> Query:
+    """Return the median of a histogram over half an hour."""
+    return Query(
+        expr=f"histogram_quantile(0.5, sum by (le) (rate({metric}_bucket{{{ME}}}[30m])))", legend=legend
+    )
+
+
+QUALITY = Row(
+    title="Quality of exposures",
+    panels=(
         Panel(
-            title="Image quality (median)", about="Fit limit of the Thon rings and path length of the motion.",
+            title="CTF fit and motion (median)",
+            about="Fit limit of the Thon rings, and path length of the motion: in all, and over the first 4 e/Å².",
             queries=(
-                Query(
-                    expr=f"histogram_quantile(0.5, sum by (le) (rate(icestream_ctf_fit_angstroms_bucket{{{ME}}}[30m])))",
-                    legend="CTF fit",
-                ),
-                Query(
-                    expr="histogram_quantile(0.5, sum by (le) "
-                    f"(rate(icestream_total_motion_angstroms_bucket{{{ME}}}[30m])))",
-                    legend="total motion",
-                ),
+                median("icestream_ctf_fit_angstroms", "CTF fit"),
+                median("icestream_total_motion_angstroms", "total motion"),
+                median("icestream_early_motion_angstroms", "early motion"),
             ),
             unit="suffix: Å", minimum=0,
+        ),
+        Panel(
+            title="Astigmatism (median)", about="Defocus u less v. A step means that the column changed.",
+            queries=(median("icestream_astigmatism_angstroms", "astigmatism"),), unit="suffix: Å", minimum=0,
+        ),
+        Panel(
+            title="Ice and mask (median)",
+            about="Ice ratio, and the part of the field that is carbon, contamination or ice.",
+            queries=(
+                median("icestream_ice_ratio", "ice ratio"),
+                median("icestream_masked_field_ratio", "masked part"),
+            ),
+            unit="none", minimum=0,
+        ),
+        Panel(
+            title="Rejected by rule", about="Exposures rejected now, by the limit that rejected them.",
+            queries=(
+                Query(expr=f"sum by (rule) (icestream_rejected_exposures{{{ME}}})", legend="{{rule}}"),
+            ),
+            is_stacked=True, minimum=0,
+        ),
+        Panel(
+            title="Particles in use", about="At or above the threshold in exposures that are not rejected.",
+            queries=(Query(expr=f"icestream_particles_in_use{{{ME}}}", legend="{{instance}}"),), minimum=0,
+        ),
+        Panel(
+            title="Gain residual", about="Correlation of the corrected frames with the gain reference; 0 when it fits.",
+            queries=(
+                Query(expr=f"icestream_gain_residual{{{ME}}}", legend="residual"),
+                Query(expr=f"icestream_gain_residual_limit{{{ME}}}", legend="limit"),
+            ),
+            unit="none",
         ),
     ),
 )  # fmt: skip
@@ -176,42 +217,45 @@ MAP = Row(
     title="Map",
     panels=(
         Panel(
-            title="Resolution over time", about="Of the latest run that ended: corrected half-map FSC at 0.143.",
-            queries=(Query(expr=f"icestream_map_resolution_angstroms{{{ME}}}", legend="{{engine}}"),),
+            title="Resolution over time", about="Accepted map and latest run: corrected half-map FSC at 0.143.",
+            queries=(
+                Query(expr=f"icestream_map_resolution_angstroms{{{ME}}}", legend="accepted"),
+                Query(expr=f"icestream_latest_run_map_resolution_angstroms{{{ME}}}", legend="latest run"),
+            ),
             unit="suffix: Å", width=6, minimum=0,
         ),
         Panel(
             title="Resolution over particles", about="Each run is a point; the slope is the B-factor.",
             queries=(
-                Query(expr=f"icestream_map_particles{{{ME}}}", legend="particles"),
-                Query(expr=f"icestream_map_resolution_angstroms{{{ME}}}", legend="resolution"),
+                Query(expr=f"icestream_latest_run_map_particles{{{ME}}}", legend="particles"),
+                Query(expr=f"icestream_latest_run_map_resolution_angstroms{{{ME}}}", legend="resolution"),
             ),
             kind="xychart", unit="suffix: Å", width=6, axes=("particles", "resolution"),
         ),
         Panel(
             title="cFAR and SCF*",
-            about="cFAR under 0.5 or half of its null value suggests preferred orientation; so does SCF* under 0.81. "
+            about="Of the latest run, accepted or not. cFAR under 0.5 or half of its null value suggests preferred orientation; so does SCF* under 0.81. "
             "Low cFAR with high SCF* means junk.",
             queries=(
-                Query(expr=f"icestream_cfar_ratio{{{ME}}}", legend="cFAR"),
-                Query(expr=f"icestream_cfar_null_ratio{{{ME}}}", legend="cFAR of uniform views"),
-                Query(expr=f"icestream_scf_star_ratio{{{ME}}}", legend="SCF*"),
+                Query(expr=f"icestream_latest_run_cfar_ratio{{{ME}}}", legend="cFAR"),
+                Query(expr=f"icestream_latest_run_cfar_null_ratio{{{ME}}}", legend="cFAR of uniform views"),
+                Query(expr=f"icestream_latest_run_scf_star_ratio{{{ME}}}", legend="SCF*"),
             ),
             unit="none", width=6, minimum=0, maximum=1,
         ),
         Panel(
             title="cFAR over particles", about="Each run is a point.",
             queries=(
-                Query(expr=f"icestream_map_particles{{{ME}}}", legend="particles"),
-                Query(expr=f"icestream_cfar_ratio{{{ME}}}", legend="cFAR"),
+                Query(expr=f"icestream_latest_run_map_particles{{{ME}}}", legend="particles"),
+                Query(expr=f"icestream_latest_run_cfar_ratio{{{ME}}}", legend="cFAR"),
             ),
             kind="xychart", unit="none", width=6, axes=("particles", "cFAR"),
         ),
         Panel(
-            title="Particles in the map", about="Of the latest run, beside all that were accepted by now.",
+            title="Particles in the map", about="Of the accepted map, beside what a run would use now.",
             queries=(
                 Query(expr=f"icestream_map_particles{{{ME}}}", legend="in the map"),
-                Query(expr=f'icestream_particles_total{{{ME}, decision="accepted"}}', legend="accepted"),
+                Query(expr=f"icestream_particles_in_use{{{ME}}}", legend="in use"),
             ),
         ),
         Panel(
@@ -450,4 +494,4 @@ RAY_ROW = Row(
     ),
 )  # fmt: skip
 
-ROWS = (OVERVIEW, PARTICLES, MAP, FLOW, BOOKS, MACHINE, RAY_ROW)
+ROWS = (OVERVIEW, PARTICLES, QUALITY, MAP, FLOW, BOOKS, MACHINE, RAY_ROW)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import assert_never
 
-from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client import CollectorRegistry
 
 from stream.records.errors import InvariantError
 from stream.records.events import (
@@ -48,7 +48,7 @@ from stream.records.values import (
     RunResult,
 )
 from stream.telemetry.scores import N_SCORE_BINS, RecentScores
-from stream.telemetry.series import QUARANTINE_REASONS, STEPS, Series, classify_reason
+from stream.telemetry.series import QUARANTINE_REASONS, REJECTION_RULES, STEPS, Series, classify_reason
 from stream.telemetry.server import MetricsServer
 
 MAX_FOLLOWED = 100_000
@@ -69,13 +69,20 @@ class Volume:
 class Snapshot:
     """What is true now, from the controller's books and the machine.
 
-    `states` holds every exposure once and adds up to `n_found`. `quarantine_reasons` counts the free-text
+    `states` holds every exposure once and adds up to `n_found`; `rejected_by` counts the rejected ones by rule.
+    `is_gain_unknown` says that movies are held back for the gain reference's sake. `quarantine_reasons` counts the free-text
     reasons of what is in quarantine now. Volumes have short fixed names ("output"), not paths.
     `worker_restarts` counts per pool since this process started. None or an absent key leaves a gauge as it was.
     """
 
     n_found: int
     states: Mapping[str, int]
+    rejected_by: Mapping[str, int] = field(default_factory=dict)
+    n_particles_in_use: int = 0
+    accepted_map: RunResult | None = None
+    gain_residual: float | None = None
+    gain_residual_limit: float | None = None
+    is_gain_unknown: bool = False
     queue_depth: Mapping[str, int] = field(default_factory=dict)
     inflight: Mapping[str, int] = field(default_factory=dict)
     quarantine_reasons: Mapping[str, int] | None = None
@@ -118,6 +125,7 @@ class Telemetry:
         self._particle_files: set[str] = set()
         self._expected_interval_s = expected_interval_s
         self._is_map_known = False
+        self._shown_map: RunResult | None = None
         self._worker_restarts: Counter[str] = Counter()
         self._server: MetricsServer | None = None
         if expected_interval_s is not None:
@@ -200,8 +208,14 @@ class Telemetry:
         self._take_seconds("preprocess", result.seconds)
         if result.motion is not None:
             series.motion.observe(result.motion.total_motion_angstrom)
+            series.early_motion.observe(result.motion.early_motion_angstrom)
         if result.ctf is not None and result.ctf.is_reliable:
             series.ctf_fit.observe(result.ctf.fit_resolution_angstrom)
+            series.astigmatism.observe(result.ctf.defocus_u_angstrom - result.ctf.defocus_v_angstrom)
+        if result.ice_ratio is not None:
+            series.ice_ratio.observe(result.ice_ratio)
+        if result.masked_fraction is not None:
+            series.masked.observe(result.masked_fraction)
 
     def _take_ranked(self, result: RankResult) -> None:
         series = self._series
@@ -241,18 +255,7 @@ class Telemetry:
         self._count_run("resolved" if is_resolved else "unresolved")
         self._is_map_known = self._is_map_known or is_resolved
         self._take_seconds("engine", result.seconds)
-        engine = result.engine if result.engine in _ENGINES else "other"
-        values: tuple[tuple[Gauge, float | None], ...] = (
-            (series.resolution, result.resolution_angstrom),
-            (series.cfar, result.cfar),
-            (series.cfar_null, result.cfar_null),
-            (series.scf_star, result.scf_star),
-            (series.map_particles, float(result.n_particles)),
-        )
-        for gauge, value in values:
-            gauge.clear()
-            if value is not None:
-                gauge.labels(engine).set(value)
+        series.latest_run.show(result, _label_engine(result))
 
     def _count_run(self, outcome: str) -> None:
         self._series.runs.labels("update" if self._is_map_known else "first", outcome).inc()
@@ -280,6 +283,17 @@ class Telemetry:
         ):
             for label, count in counts.items():
                 gauge.labels(label).set(count)
+        for rule in REJECTION_RULES:
+            series.rejected.labels(rule).set(snapshot.rejected_by.get(rule, 0))
+        series.particles_in_use.set(snapshot.n_particles_in_use)
+        series.gain_unknown.set(snapshot.is_gain_unknown)
+        if snapshot.gain_residual is not None:
+            series.gain_residual.set(snapshot.gain_residual)
+        if snapshot.gain_residual_limit is not None:
+            series.gain_residual_limit.set(snapshot.gain_residual_limit)
+        if snapshot.accepted_map is not None and snapshot.accepted_map != self._shown_map:
+            self._shown_map = snapshot.accepted_map
+            series.accepted_map.show(snapshot.accepted_map, _label_engine(snapshot.accepted_map))
         if snapshot.quarantine_reasons is not None:
             by_reason = Counter(dict.fromkeys(QUARANTINE_REASONS, 0))
             for text, count in snapshot.quarantine_reasons.items():
@@ -308,3 +322,7 @@ class Telemetry:
         if self._server is not None:
             self._server.close()
             self._server = None
+
+
+def _label_engine(result: RunResult) -> str:
+    return result.engine if result.engine in _ENGINES else "other"

@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Iterable
+from dataclasses import fields
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
 from prometheus_client.metrics_core import Metric
 
+from stream.records.values import QualityLimits, RunResult
 from stream.telemetry.scores import ScoreDistribution
 
 STAGES = ("ingest", "preprocess", "rank")
@@ -28,6 +30,7 @@ STEPS = (
     "collect", "initial_model", "refine", "diagnostics",
     "other",
 )  # fmt: skip
+REJECTION_RULES = (*(field.name for field in fields(QualityLimits)), "overruled")
 QUARANTINE_REASONS = (
     "permission", "vanished", "truncated", "format", "dimensions", "gain", "metadata", "values", "machine", "other",
 )  # fmt: skip
@@ -80,6 +83,39 @@ class TidyRegistry(CollectorRegistry):
             yield family
 
 
+class MapGauges:
+    """What a run measured, for one of two runs: the accepted map's, and the latest that ended."""
+
+    def __init__(self, registry: CollectorRegistry, prefix: str, whose: str) -> None:
+        declared = (
+            (
+                "resolution_angstrom",
+                "map_resolution_angstroms",
+                f"Resolution of {whose}: half-map FSC at 0.143.",
+            ),
+            ("cfar", "cfar_ratio", f"cFAR of {whose}, 0 to 1; below 0.5 suggests preferred orientation."),
+            (
+                "cfar_null",
+                "cfar_null_ratio",
+                f"cFAR that uniform views of as many particles would give at the signal of {whose}, 0 to 1.",
+            ),
+            ("scf_star", "scf_star_ratio", f"SCF* of {whose}; below 0.81 suggests that views are missing."),
+            ("n_particles", "map_particles", f"Particles in {whose}."),
+        )
+        self._gauges = {
+            figure: Gauge(f"{prefix}_{name}", text, ["engine"], registry=registry)
+            for figure, name, text in declared
+        }
+
+    def show(self, result: RunResult, engine: str) -> None:
+        """Show one run; what it could not determine is absent."""
+        for figure, gauge in self._gauges.items():
+            gauge.clear()
+            value = getattr(result, figure)
+            if value is not None:
+                gauge.labels(engine).set(value)
+
+
 class Series:
     """The declared series, registered in a registry of their own (no globals)."""
 
@@ -88,6 +124,7 @@ class Series:
         ProcessCollector(registry=self.registry)
         self._declare_flow()
         self._declare_particles()
+        self._declare_quality()
         self._declare_runs()
         self._declare_machine()
         self.build = Info("icestream_build", "Version of the running service.", registry=self.registry)
@@ -212,16 +249,72 @@ class Series:
         self.cache_bytes = Gauge(
             "icestream_feature_cache_bytes", "Size of the feature cache on disk.", registry=self.registry
         )
+        self.particles_in_use = Gauge(
+            "icestream_particles_in_use",
+            "Particles at or above the threshold in exposures that are not rejected: what a run would use now.",
+            registry=self.registry,
+        )
+
+    def _declare_quality(self) -> None:
         self.motion = Histogram(
             "icestream_total_motion_angstroms",
             "Path length of a movie's whole-frame motion.",
             buckets=(1, 2, 5, 10, 15, 20, 30, 50, 100, 200),
             registry=self.registry,
         )
+        self.early_motion = Histogram(
+            "icestream_early_motion_angstroms",
+            "Path length of a movie's whole-frame motion over the first 4 e/A^2.",
+            buckets=(0.5, 1, 2, 3, 5, 7.5, 10, 15, 20, 50),
+            registry=self.registry,
+        )
         self.ctf_fit = Histogram(
             "icestream_ctf_fit_angstroms",
             "Resolution to which a micrograph's Thon rings fit.",
             buckets=(2.5, 3, 3.5, 4, 4.5, 5, 6, 7, 8, 10, 15, 20, 30),
+            registry=self.registry,
+        )
+        self.astigmatism = Histogram(
+            "icestream_astigmatism_angstroms",
+            "Defocus u less v of a micrograph with Thon rings.",
+            buckets=(50, 100, 200, 300, 500, 750, 1000, 1500, 2000, 5000),
+            registry=self.registry,
+        )
+        self.ice_ratio = Histogram(
+            "icestream_ice_ratio",
+            "Strength of the 3.7 A ice ring over that of the first CTF maximum; about 0 without crystals.",
+            buckets=(0, 0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 5, 10),
+            registry=self.registry,
+        )
+        self.masked = Histogram(
+            "icestream_masked_field_ratio",
+            "Part of a micrograph that is carbon, contamination or ice, 0 to 1.",
+            buckets=(0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1),
+            registry=self.registry,
+        )
+        self.rejected = Gauge(
+            "icestream_rejected_exposures",
+            "Exposures rejected now, by the limit that rejected them (overruled: a person did).",
+            ["rule"],
+            registry=self.registry,
+        )
+        for rule in REJECTION_RULES:
+            self.rejected.labels(rule)
+        self.gain_residual = Gauge(
+            "icestream_gain_residual",
+            "Mean correlation of the corrected frames with the gain reference over the latest movies; 0 when it fits.",
+            registry=self.registry,
+        )
+        self.gain_residual.set(math.nan)  # not shown until there are enough movies
+        self.gain_residual_limit = Gauge(
+            "icestream_gain_residual_limit",
+            "The configured limit on the absolute value of icestream_gain_residual.",
+            registry=self.registry,
+        )
+        self.gain_residual_limit.set(math.nan)
+        self.gain_unknown = Gauge(
+            "icestream_gain_orientation_unknown",
+            "1 when no orientation of the gain reference was found and every movie is held back.",
             registry=self.registry,
         )
 
@@ -236,35 +329,9 @@ class Series:
             for outcome in RUN_OUTCOMES:
                 self.runs.labels(kind, outcome)
         # Absent, not zero, until a run has measured them: a resolution of 0 would be a lie.
-        self.resolution = Gauge(
-            "icestream_map_resolution_angstroms",
-            "Resolution of the latest run that ended: corrected half-map FSC at 0.143.",
-            ["engine"],
-            registry=self.registry,
-        )
-        self.cfar = Gauge(
-            "icestream_cfar_ratio",
-            "cFAR of the latest run, 0 to 1; below 0.5 suggests preferred orientation.",
-            ["engine"],
-            registry=self.registry,
-        )
-        self.cfar_null = Gauge(
-            "icestream_cfar_null_ratio",
-            "cFAR that uniform views of as many particles at this signal would give, 0 to 1; compare cFAR with it.",
-            ["engine"],
-            registry=self.registry,
-        )
-        self.scf_star = Gauge(
-            "icestream_scf_star_ratio",
-            "SCF* of the latest run; below 0.81 suggests that views are missing.",
-            ["engine"],
-            registry=self.registry,
-        )
-        self.map_particles = Gauge(
-            "icestream_map_particles",
-            "Particles in the latest run that ended.",
-            ["engine"],
-            registry=self.registry,
+        self.accepted_map = MapGauges(self.registry, "icestream", "the accepted map")
+        self.latest_run = MapGauges(
+            self.registry, "icestream_latest_run", "the latest run that ended, accepted or not"
         )
 
     def _declare_machine(self) -> None:

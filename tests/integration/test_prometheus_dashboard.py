@@ -76,6 +76,7 @@ class Session:
         self._rng = np.random.default_rng(seed)
         self.n_done = 0
         self.n_particles = 0
+        self.accepted_map: RunResult | None = None
 
     def open(self) -> None:
         at = time.time()
@@ -129,7 +130,10 @@ class Session:
         self.n_done += 1
         self.n_particles += sum(histogram[40:])
         if self.n_done % 20 == 0:
-            self.telemetry.observe(RunEnded(at=at, result=self._run()))
+            run = self._run()
+            self.telemetry.observe(RunEnded(at=at, result=run))
+            # The first run is the accepted map: later ones must not show as it.
+            self.accepted_map = self.accepted_map or run
         telemetry.set_gauges(self._snapshot())
 
     def _preprocessed(self, name: str) -> PreprocessResult:
@@ -156,7 +160,8 @@ class Session:
                 total_motion_angstrom=14.0, early_motion_angstrom=8.0, late_motion_angstrom=6.0
             ),
             ctf=ctf,
-            ice_ratio=None,
+            ice_ratio=float(self._rng.normal(0.2, 0.1)),
+            masked_fraction=0.03,
             seconds={"read": 1.0, "motion": 12.0, "ctf": 4.0, "pick": 2.0, "extract": 1.0},
         )
 
@@ -179,6 +184,10 @@ class Session:
         return Snapshot(
             n_found=self.n_done + 1,
             states={"waiting": 0, "in_work": 0, "done": self.n_done, "rejected": 0, "quarantined": 1},
+            n_particles_in_use=self.n_particles,
+            accepted_map=self.accepted_map,
+            gain_residual=0.01,
+            gain_residual_limit=0.05,
             queue_depth={"preprocess": 3, "rank": 1},
             inflight={"preprocess": 2, "rank": 1},
             quarantine_reasons={"bad.tiff: a movie is not empty": 1},
@@ -229,7 +238,9 @@ def test_panels_show_the_session_that_was_played(watched):
     assert shown("Exposures not accounted for") == {"": 0}
     assert shown("Every exposure in one state")["state=done"] == N_MOVIES
     assert shown("Quarantine by reason")["reason=truncated"] == 1
-    assert shown("Resolution") == {"engine=embedded": pytest.approx(12.0 - 0.1 * N_MOVIES)}
+    assert shown("Resolution") == {"engine=embedded": pytest.approx(12.0 - 0.1 * 20)}
+    assert shown("Particles in use") == {"": shown("Particles")["decision=accepted"]}
+    assert shown("Rejected by rule")["rule=max_ice_ratio"] == 0
     assert shown("cFAR") == {"engine=embedded": pytest.approx(0.7)}
     assert shown("Feature cache") == {"": pytest.approx(0.1)}
     assert 0.6 < next(iter(shown("Median score").values())) < 0.8

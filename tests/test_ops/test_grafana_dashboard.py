@@ -90,6 +90,7 @@ def test_what_an_operator_asks_for_is_on_the_dashboard():
         "icestream_particle_score_bucket", "icestream_particle_score_median", "icestream_map_resolution_angstroms",
         "icestream_cfar_ratio", "icestream_map_particles", "icestream_movies_total", "icestream_movie_latency_seconds_bucket",
         "icestream_stage_duration_seconds_bucket", "icestream_queue_depth", "icestream_quarantined_movies",
+        "icestream_rejected_exposures", "icestream_gain_residual", "icestream_latest_run_cfar_ratio",
         "icestream_disk_free_bytes", "icestream_exposures", "icestream_controller_runs_total",
         "ray_object_store_memory", "ray_actors",
     ):  # fmt: skip

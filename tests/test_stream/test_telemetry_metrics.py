@@ -4,11 +4,13 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stream.control.quality import RULE_NAMES
 from stream.records.errors import ConfigurationError, InvariantError, ResourceError
 from stream.records.events import (
     DiskSpaceChanged,
@@ -41,7 +43,7 @@ from stream.records.values import (
 )
 from stream.telemetry.metrics import MAX_FOLLOWED, Snapshot, Telemetry, Volume
 from stream.telemetry.scores import RecentScores
-from stream.telemetry.series import QUARANTINE_REASONS, classify_reason, list_declared_names
+from stream.telemetry.series import QUARANTINE_REASONS, REJECTION_RULES, classify_reason, list_declared_names
 
 PEERS_MINIMAL_SET = {
     "icestream_movies_total",
@@ -297,16 +299,67 @@ def test_runs_are_first_until_a_map_resolved_and_updates_after():
     assert sum(n or 0 for n in counts.values()) == 4
 
 
-def test_map_quality_is_absent_until_measured_and_leaves_when_a_run_could_not_tell():
+def test_a_latest_runs_figures_are_absent_until_measured_and_leave_when_a_run_could_not_tell():
     telemetry = Telemetry("1")
-    assert value(telemetry, "icestream_map_resolution_angstroms", engine="embedded") is None
+    assert value(telemetry, "icestream_latest_run_map_resolution_angstroms", engine="embedded") is None
     telemetry.observe(run_ended(1.0, 7.5, 0.6))
+    assert value(telemetry, "icestream_latest_run_map_resolution_angstroms", engine="embedded") == 7.5
+    assert value(telemetry, "icestream_latest_run_cfar_ratio", engine="embedded") == 0.6
+    assert value(telemetry, "icestream_latest_run_map_particles", engine="embedded") == 5000
+    telemetry.observe(run_ended(2.0, 7.0, None))
+    assert value(telemetry, "icestream_latest_run_cfar_ratio", engine="embedded") is None
+    assert value(telemetry, "icestream_latest_run_map_resolution_angstroms", engine="embedded") == 7.0
+
+
+def test_the_map_gauges_show_the_accepted_map_and_not_the_latest_run():
+    telemetry = Telemetry("1")
+    accepted, later = run_ended(1.0, 7.5, 0.6), run_ended(2.0, 9.0, 0.1)
+    telemetry.observe(accepted)
+    assert value(telemetry, "icestream_map_resolution_angstroms", engine="embedded") is None
+    for event in (accepted, later):
+        telemetry.observe(event)
+        telemetry.set_gauges(Snapshot(n_found=0, states={}, accepted_map=accepted.result))
     assert value(telemetry, "icestream_map_resolution_angstroms", engine="embedded") == 7.5
     assert value(telemetry, "icestream_cfar_ratio", engine="embedded") == 0.6
-    assert value(telemetry, "icestream_map_particles", engine="embedded") == 5000
-    telemetry.observe(run_ended(2.0, 7.0, None))
-    assert value(telemetry, "icestream_cfar_ratio", engine="embedded") is None
-    assert value(telemetry, "icestream_map_resolution_angstroms", engine="embedded") == 7.0
+    assert value(telemetry, "icestream_latest_run_cfar_ratio", engine="embedded") == 0.1
+
+
+def test_quality_figures_of_every_exposure_are_counted_when_they_are_known():
+    event = preprocessed("a", 30.0)
+    full = replace(event, result=replace(event.result, ice_ratio=0.6, masked_fraction=0.04))
+    telemetry = observed([found("a", 10.0), event, full])
+    assert value(telemetry, "icestream_astigmatism_angstroms_sum") == 2000
+    assert value(telemetry, "icestream_early_motion_angstroms_sum") == 12
+    assert value(telemetry, "icestream_ice_ratio_bucket", le="0.5") == 0
+    assert value(telemetry, "icestream_ice_ratio_bucket", le="0.75") == 1
+    assert value(telemetry, "icestream_masked_field_ratio_count") == 1
+    blind = replace(event, result=replace(event.result, ctf=None, motion=None))
+    assert value(observed([blind]), "icestream_astigmatism_angstroms_count") == 0
+
+
+def test_rejections_show_by_rule_and_go_when_they_are_taken_back():
+    telemetry = Telemetry("1")
+    for counts in ({"max_ice_ratio": 2, "overruled": 1}, {"overruled": 1}):
+        telemetry.set_gauges(
+            Snapshot(n_found=0, states={}, rejected_by=counts, n_particles_in_use=40, is_gain_unknown=True)
+        )
+        assert value(telemetry, "icestream_rejected_exposures", rule="overruled") == 1
+    assert value(telemetry, "icestream_rejected_exposures", rule="max_ice_ratio") == 0
+    assert value(telemetry, "icestream_particles_in_use") == 40
+    assert value(telemetry, "icestream_gain_orientation_unknown") == 1
+
+
+def test_the_rules_that_are_shown_are_those_that_reject():
+    assert REJECTION_RULES == RULE_NAMES
+
+
+def test_the_gain_residual_is_absent_until_there_are_enough_movies():
+    telemetry = Telemetry("1")
+    telemetry.set_gauges(Snapshot(n_found=0, states={}, gain_residual_limit=0.05))
+    assert value(telemetry, "icestream_gain_residual") is None
+    assert value(telemetry, "icestream_gain_residual_limit") == 0.05
+    telemetry.set_gauges(Snapshot(n_found=0, states={}, gain_residual=-0.2, gain_residual_limit=0.05))
+    assert value(telemetry, "icestream_gain_residual") == -0.2
 
 
 def test_a_particle_file_that_comes_once_per_micrograph_is_weighed_once():
