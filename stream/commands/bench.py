@@ -83,6 +83,12 @@ def _feature_cache(folder: Path, size: int | None) -> Figures:
     return run_feature_cache_benchmark(folder, n_particles=size or 120_000)
 
 
+def _features(folder: Path, size: int | None) -> Figures:
+    from stream.commands.bench_clusters import run_cluster_benchmark
+
+    return [run_cluster_benchmark(folder, n_particles=size or 1_000_000)]
+
+
 BENCHMARKS: dict[str, Callable[[Path, int | None], Figures]] = {
     "ingest": _ingest,
     "journal": _journal,
@@ -90,4 +96,5 @@ BENCHMARKS: dict[str, Callable[[Path, int | None], Figures]] = {
     "score": _score,
     "vit-b": _vit_b,
     "feature-cache": _feature_cache,
+    "features": _features,
 }

@@ -287,14 +287,14 @@ def _measure_rates(
     started = time.perf_counter()
     n_missing = sum(int(np.isnan(store.lookup(uids)).sum()) for uids in wanted)
     lookup_s = (time.perf_counter() - started) / len(wanted)
-    anonymous = _anonymous_bytes()
+    anonymous = anonymous_bytes()
     peak, n_read = anonymous, 0
     started = time.perf_counter()
     for uids, features in store.iterate():
         # A sum over the raw words touches every byte without the cost of half-precision arithmetic.
         np.bitwise_xor.reduce(features.view(np.uint16), axis=None)
         n_read += len(uids)
-        peak = max(peak, _anonymous_bytes())
+        peak = max(peak, anonymous_bytes())
     read_s = time.perf_counter() - started
     store.close()
     n_rows = n_appends * n_per_append
@@ -409,7 +409,7 @@ def _features_of(uids: Uids, n_features: int) -> Features:
     return ((mixed >> np.uint64(40)) % np.uint64(2048)).astype(np.float16) / np.float16(2048)
 
 
-def _anonymous_bytes() -> int:
+def anonymous_bytes() -> int:
     """Return the private memory of this process: mapped files do not count."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(fields["RssAnon"].split()[0]) * 1024
