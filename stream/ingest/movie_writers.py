@@ -118,12 +118,22 @@ def write_eer(path: Path, frames: Iterable[Frame], *, seed: int = 0) -> None:
     Frames hold 0 or 1 per pixel (see `split_for_eer`). Sub-pixel positions are uniform, drawn from `seed` and
     the frame's number.
     """
+
+    def encoded() -> Iterator[tuple[bytes, tuple[int, int]]]:
+        for index, frame in enumerate(frames):
+            rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, index, 0xEE8))))
+            yield encode_eer_frame(frame, rng), (frame.shape[0], frame.shape[1])
+
+    write_eer_strips(path, encoded())
+
+
+def write_eer_strips(path: Path, strips: Iterable[tuple[bytes, tuple[int, int]]]) -> None:
+    """Write an EER movie of encoded frames (see `encode_eer_frame`) and their shapes `(h, w)`."""
     with path.open("wb") as handle:
         handle.write(struct.pack("<2sHHHQ", b"II", 43, 8, 0, 0))
         previous_link = 8
-        for index, frame in enumerate(frames):
-            rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence((seed, index, 0xEE8))))
-            previous_link = _append_eer_frame(handle, frame, previous_link, index=index, rng=rng)
+        for index, (strip, shape_yx) in enumerate(strips):
+            previous_link = _append_eer_frame(handle, strip, shape_yx, previous_link, has_metadata=index == 0)
 
 
 def split_for_eer(
@@ -150,16 +160,15 @@ def split_for_eer(
 
 
 def _append_eer_frame(
-    handle: BinaryIO, frame: Frame, previous_link: int, *, index: int, rng: np.random.Generator
+    handle: BinaryIO, strip: bytes, shape_yx: tuple[int, int], previous_link: int, *, has_metadata: bool
 ) -> int:
     """Append one strip and its directory; return where the link to the next directory has to be written."""
-    strip = encode_eer_frame(frame, rng)
     start = handle.seek(0, 2)
     handle.write(strip + b"\0" * (-len(strip) % 8))
-    metadata = _EER_METADATA if index == 0 else b""
+    metadata = _EER_METADATA if has_metadata else b""
     metadata_start = handle.tell()
     handle.write(metadata + b"\0" * (-len(metadata) % 8))
-    height, width = frame.shape
+    height, width = shape_yx
     entries = [
         (256, 4, 1, width),
         (257, 4, 1, height),

@@ -23,7 +23,7 @@ from stream.ingest.movie_reader import (
     n_iterated_frames,
     read_micrograph,
 )
-from stream.ingest.movie_writers import encode_eer_frame, write_eer
+from stream.ingest.movie_writers import encode_eer_frame, write_eer, write_eer_strips
 from stream.records.errors import InputError, ResourceError
 
 
@@ -374,11 +374,8 @@ def eer_of_one_event(sub_pixel: int) -> bytes:
 
 
 @pytest.mark.parametrize("sub_pixel", range(16))
-def test_up_sampling_puts_an_event_into_its_quarter_of_the_pixel(tmp_path, monkeypatch, sub_pixel):
-    monkeypatch.setattr(
-        "stream.ingest.movie_writers.encode_eer_frame", lambda *_: eer_of_one_event(sub_pixel)
-    )
-    write_eer(tmp_path / "m.eer", [np.zeros((8, 8), np.uint8)] * 2)
+def test_up_sampling_puts_an_event_into_its_quarter_of_the_pixel(tmp_path, sub_pixel):
+    write_eer_strips(tmp_path / "m.eer", [(eer_of_one_event(sub_pixel), (8, 8))] * 2)
     (frame,) = iterate_frames(tmp_path / "m.eer", eer_fractions=1, eer_upsampling=2)
     assert frame.shape == (16, 16)
     # the format's 4 bits are y and x of the quarter pixel, each with its first bit inverted
