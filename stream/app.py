@@ -6,7 +6,6 @@ service (exit 1), because nothing may run whose event is not on disk; everything
 
 from __future__ import annotations
 
-import logging
 import shutil
 import time
 from collections import Counter
@@ -33,9 +32,10 @@ from stream.store.files import replacing
 from stream.store.inbox import Inbox
 from stream.store.journal import Journal
 from stream.store.layout import OutputLayout
+from stream.telemetry.logs import get_logger
 from stream.telemetry.metrics import Snapshot, Telemetry, Volume
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 DISK_CHECK_INTERVAL_S = 5.0
 INBOX_CHECK_INTERVAL_S = 1.0
@@ -160,10 +160,10 @@ class Service:
 
     def _tell_troubles(self) -> None:
         for line in self._source.take_dropped():
-            log.warning("file_vanished %s", line)
+            log.warning("file_vanished", what=line)
         if self._source.problem != self._problem:
             self._problem = self._source.problem
-            log.warning("input_folder %s", self._problem or "is back")
+            log.warning("input_folder", problem=self._problem)
 
     def _check_disk(self, now: float) -> list[Event]:
         if now < self._next_disk_check:
@@ -176,7 +176,7 @@ class Service:
         if is_low == self._is_disk_low:
             return []
         self._is_disk_low = is_low
-        log.warning("disk_space_changed is_low=%s free_bytes=%d reserve_bytes=%d", is_low, free, reserve)
+        log.warning("disk_space_changed", is_low=is_low, free_bytes=free, reserve_bytes=reserve)
         return [DiskSpaceChanged(at=now, is_low=is_low, free_bytes=free)]
 
     def _snapshot(self) -> Snapshot:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 
 from stream.config import parse_limits
@@ -10,8 +9,9 @@ from stream.control.controller import Controller
 from stream.records.errors import ConfigurationError, IcestreamError, InputError
 from stream.records.events import Event, ExposureOverruled, QualityLimitsChanged
 from stream.store.inbox import Inbox, Letter, LimitsRequest, Request
+from stream.telemetry.logs import get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 
 def event_for_request(request: Request, controller: Controller, at: float, *, request_id: str = "") -> Event:
@@ -44,7 +44,7 @@ def take_inbox(inbox: Inbox, controller: Controller, at: float, commit: Callable
             try:
                 event = _event_for_letter(letter, controller, at)
             except IcestreamError as error:
-                log.warning("request_refused file=%s reason=%s", letter.path.name, error)
+                log.warning("request_refused", file=letter.path.name, reason=str(error))
                 inbox.refuse(letter, str(error))
                 continue
             commit(event)

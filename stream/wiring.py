@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import threading
@@ -28,9 +27,10 @@ from stream.records.values import InputKind
 from stream.status import summarize
 from stream.store.journal import Journal
 from stream.store.layout import OutputLayout
+from stream.telemetry.logs import get_logger
 from stream.telemetry.metrics import Telemetry
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 POLL_TIMEOUT_S = 0.25
 
@@ -219,7 +219,7 @@ def _serve_metrics(telemetry: Telemetry, settings: SessionSettings) -> None:
     server = telemetry.serve(
         settings.telemetry.host, settings.telemetry.port, token=os.environ.get("ICESTREAM_METRICS_TOKEN")
     )
-    log.info("metrics_served address=%s:%d", settings.telemetry.host, server.port)
+    log.info("metrics_served", host=settings.telemetry.host, port=server.port)
 
 
 @contextmanager

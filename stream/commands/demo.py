@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 import subprocess
 import sys
@@ -54,10 +53,12 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """Run the demo."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     from stream.commands.narration import Narrator
     from stream.commands.status import print_status
+    from stream.telemetry.logs import configure_logging
     from stream.wiring import run_session
+
+    configure_logging(level="warning")
 
     started = time.monotonic()
     microscope, session = out / "microscope", out / "session"

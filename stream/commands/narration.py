@@ -1,28 +1,87 @@
-"""What a person reads while a session runs: one line per thing that happened, on stderr."""
+"""What is said while a session runs, one line per thing that happened, on stderr: to a person, or to a program."""
 
 from __future__ import annotations
 
+import re
 import time
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
 from stream.app import Service
+from stream.control.controller import Controller, Decision
 from stream.records.events import (
     DiskSpaceChanged,
     DrainRequested,
     Event,
     ExposureFound,
+    ExposureOverruled,
     ExposurePreprocessed,
     ExposureRanked,
     FileRejected,
+    GainOriented,
     InputEnded,
     RunEnded,
     RunFailed,
     SessionOpened,
     StageFailed,
 )
-from stream.records.values import PreprocessResult
+from stream.records.values import AcquisitionMetadata, FileIdentity, PreprocessResult
+from stream.telemetry.logs import get_logger
+
+log = get_logger(__name__)
+
+N_OLD_DECISIONS_TOLD = 50
+"""A session that resumes tells its earlier decisions when they are this few."""
+
+_WORD_BOUNDARY = re.compile(r"(?<=[a-z])(?=[A-Z])")
+
+
+class NewDecisions:
+    """Gives each decision once; those of a long earlier life of the session are left out."""
+
+    def __init__(self) -> None:
+        self._n_told: int | None = None
+
+    def take(self, controller: Controller) -> list[Decision]:
+        """Return the decisions since the last call that the controller still remembers."""
+        decided = list(controller.decisions)
+        if self._n_told is None:
+            self._n_told = controller.n_decided if len(decided) > N_OLD_DECISIONS_TOLD else 0
+        n_new, self._n_told = controller.n_decided - self._n_told, controller.n_decided
+        return decided[-n_new:] if n_new else []
+
+
+class EventLog:
+    """Writes events and decisions to the log, for programs that read it in a person's place."""
+
+    def __init__(self) -> None:
+        self._decisions = NewDecisions()
+
+    def tell(self, event: Event) -> None:
+        """Log one event: its kind, and every plain value of it and of its result."""
+        log.info(_WORD_BOUNDARY.sub("_", type(event).__name__).lower(), **_plain_fields(event))
+
+    def follow(self, service: Service) -> None:
+        """Log decisions that are new since the last call."""
+        for decision in self._decisions.take(service.controller):
+            log.info("decided", what=decision.what, why=decision.why)
+
+
+def _plain_fields(record: Any) -> dict[str, object]:  # noqa: ANN401 - events and their results share no type
+    plain: dict[str, object] = {}
+    for field in fields(record):
+        value = getattr(record, field.name)
+        if isinstance(value, Enum):
+            plain[field.name] = value.value
+        elif is_dataclass(value) and not isinstance(value, (FileIdentity, AcquisitionMetadata)):
+            plain |= _plain_fields(value)
+        elif value is None or isinstance(value, (str, int, float)):
+            plain[field.name] = value
+    return plain
 
 
 class Narrator:
@@ -32,7 +91,7 @@ class Narrator:
         self._console = console
         self._threshold = score_threshold
         self._names: dict[str, str] = {}
-        self._n_decisions_told = 0
+        self._decisions = NewDecisions()
 
     def tell(self, event: Event) -> None:
         """Print one event."""
@@ -71,6 +130,19 @@ class Narrator:
             case DiskSpaceChanged():
                 state = "under the reserve: nothing new starts" if event.is_low else "back above the reserve"
                 self._say(event.at, f"[yellow]disk[/yellow] {event.free_bytes / 2**30:.1f} GiB free, {state}")
+            case GainOriented(orientation=None):
+                self._say(event.at, f"[yellow]gain[/yellow] no orientation stands out: {escape(event.note)}")
+            case GainOriented():
+                self._say(
+                    event.at, f"gain orientation found over {event.n_movies} movies: {escape(event.note)}"
+                )
+            case ExposureOverruled(is_accepted=word):
+                said = {
+                    True: "accepted by hand",
+                    False: "rejected by hand",
+                    None: "judged by the limits again",
+                }
+                self._say(event.at, f"{self._name(event.exposure_id)}: {said[word]} {escape(event.reason)}")
             case InputEnded():
                 self._say(event.at, "no more input")
             case DrainRequested():
@@ -78,12 +150,8 @@ class Narrator:
 
     def follow(self, service: Service) -> None:
         """Print decisions that are new since the last call."""
-        decisions = service.controller.decisions
-        if self._n_decisions_told == 0 and len(decisions) > 50:
-            self._n_decisions_told = len(decisions)
-        for decision in list(decisions)[self._n_decisions_told :]:
-            self._say(decision.at, f"[cyan]decided[/cyan] {decision.what}: {decision.why}")
-        self._n_decisions_told = len(decisions)
+        for decision in self._decisions.take(service.controller):
+            self._say(decision.at, f"[cyan]decided[/cyan] {decision.what}: {escape(decision.why)}")
 
     def _name(self, exposure_id: str) -> str:
         return self._names.get(exposure_id, exposure_id)

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
+import os
 from collections.abc import Callable
-from typing import Annotated
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from stream.commands import session_options as o
 from stream.commands.common import AsJson, console, print_json
 from stream.config import SessionSettings
+
+if TYPE_CHECKING:
+    from stream.commands.narration import EventLog, Narrator
+
+
+class LogFormat(StrEnum):
+    """Who reads stderr."""
+
+    TEXT = "text"
+    JSON = "json"
 
 
 def register(app: typer.Typer) -> None:
@@ -57,6 +68,9 @@ def run(
     in_process: Annotated[
         bool, typer.Option("--in-process", help="No Ray: one thing after the other, for debugging.")
     ] = False,
+    log_format: Annotated[
+        LogFormat, typer.Option(help="What stderr gets: words for a person, or one JSON document per line.")
+    ] = LogFormat.TEXT,
     as_json: AsJson = False,
 ) -> None:
     """Run the live service."""
@@ -77,7 +91,9 @@ def run(
         metrics_port=metrics_port,
         assignments=tuple(assignments or ()),
     )
-    run_settings(o.build_settings(options), until_idle=until_idle, in_process=in_process, as_json=as_json)
+    settings = o.build_settings(options)
+    teller = set_up_logging(settings, log_format)
+    run_settings(settings, teller, until_idle=until_idle, in_process=in_process, as_json=as_json)
 
 
 def with_defaults(command: Callable[..., None], **defaults: object) -> Callable[..., None]:
@@ -93,20 +109,37 @@ def with_defaults(command: Callable[..., None], **defaults: object) -> Callable[
     return renamed
 
 
-def run_settings(settings: SessionSettings, *, until_idle: bool, in_process: bool, as_json: bool) -> None:
-    """Run a session with words for people on stderr, and its status at the end on stdout."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
-    from stream.commands.narration import Narrator
+def set_up_logging(settings: SessionSettings, log_format: LogFormat) -> Narrator | EventLog:
+    """Send logs to stderr and return what tells of events: to a person beside warnings, or as log lines."""
+    from stream.commands.narration import EventLog, Narrator
+    from stream.telemetry.logs import configure_logging
+
+    secrets = (os.environ.get("ICESTREAM_METRICS_TOKEN", ""),)
+    if log_format is LogFormat.JSON:
+        configure_logging(level="info", as_json=True, secrets=secrets)
+        return EventLog()
+    configure_logging(level="warning", secrets=secrets)
+    return Narrator(console, settings.ranker.score_threshold)
+
+
+def run_settings(
+    settings: SessionSettings,
+    teller: Narrator | EventLog,
+    *,
+    until_idle: bool,
+    in_process: bool,
+    as_json: bool,
+) -> None:
+    """Run a session that `teller` tells of on stderr, and print its status at the end on stdout."""
     from stream.commands.status import print_status
     from stream.wiring import run_session
 
-    narrator = Narrator(console, settings.ranker.score_threshold)
     status = run_session(
         settings,
         until_idle=until_idle,
         in_process=in_process,
-        on_event=narrator.tell,
-        on_step=narrator.follow,
+        on_event=teller.tell,
+        on_step=teller.follow,
     )
     if as_json:
         print_json(status)

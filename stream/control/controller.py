@@ -72,6 +72,7 @@ class Controller:
         self._books = ExposureBooks(settings.score_threshold)
         self.exposures = self._books.records
         self.decisions: deque[Decision] = deque(maxlen=1000)
+        self.n_decided = 0
         self._ladder = RunLadder(settings, self._books, self._decide)
         self.limits = QualityLimits()
         self.configured_limits = QualityLimits()
@@ -462,3 +463,4 @@ class Controller:
 
     def _decide(self, at: float, what: str, why: str) -> None:
         self.decisions.append(Decision(at=at, what=what, why=why))
+        self.n_decided += 1

@@ -148,3 +148,13 @@ def test_any_field_stays_on_one_line_and_json_reads_back(value: str, other: str)
     stream = lines()
     get_logger("stream.x").info("a", value=value, other=other)
     assert stream.getvalue().count("\n") == 1
+
+
+def test_fields_of_a_plain_logging_call_are_fields_too():
+    stream = lines(as_json=True)
+    logging.getLogger("actors.ranker").warning(
+        "ranker_batch_halved", extra={"batch_size": 8, "api_token": "x"}
+    )
+    document = json.loads(stream.getvalue())
+    assert document["event"] == "ranker_batch_halved"
+    assert document["fields"] == {"batch_size": 8, "api_token": "***"}
