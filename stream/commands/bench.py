@@ -89,8 +89,15 @@ def _features(folder: Path, size: int | None) -> Figures:
     return [run_cluster_benchmark(folder, n_particles=size or 1_000_000)]
 
 
+def _preprocess(folder: Path, size: int | None) -> Figures:
+    from stream.commands.bench_preprocess import run_preprocess_benchmark
+
+    return run_preprocess_benchmark(folder, n_frames=size or 40)
+
+
 BENCHMARKS: dict[str, Callable[[Path, int | None], Figures]] = {
     "ingest": _ingest,
+    "preprocess": _preprocess,
     "journal": _journal,
     "stream": _stream,
     "score": _score,
