@@ -39,12 +39,13 @@ class CryogemJob:
     @property
     def resources(self) -> Resources:
         """One worker; on a cluster's GPU where the configuration says `training.device: cuda`."""
-        return Resources(use_gpu=self.config.training.device.startswith("cuda"))
+        is_gpu = self.config.training.device.startswith("cuda")
+        return Resources(use_gpu=is_gpu, cpus_per_worker=self.config.cpus)
 
     def train(self, folder: Path, workers: Workers, on_progress: Progress) -> dict[str, Any]:
         """Train, or go on, in `folder` and return the JSON document of `icestream train cryogem`."""
-        if workers.count != 1:
-            raise ConfigurationError("workers", "CryoGEM trains with one worker", workers.count)
+        if workers.size != 1:
+            raise ConfigurationError("workers", "CryoGEM trains with one worker", workers.size)
         bank = prepare_bank(self.config, folder)
 
         def report(row: dict[str, float]) -> None:

@@ -89,7 +89,9 @@ def normalise_background(
     planes = torch.stack([ones, axis[:, None] * ones, axis[None, :] * ones], dim=-1)
     design = planes[background]
     values = images[:, background]
-    coefficients = torch.linalg.lstsq(design, values.T).solution
+    # normal equations in double precision, not lstsq: its last bits depend on where memory happens to lie
+    wide = design.double()
+    coefficients = (torch.linalg.inv(wide.T @ wide) @ wide.T).to(values.dtype) @ values.T
     flat = images - torch.einsum("ijp,pb->bij", planes, coefficients)
     deviation = flat[:, background].std(dim=1, correction=0).clamp(min=1e-12)
     return flat / deviation[:, None, None]

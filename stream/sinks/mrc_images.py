@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from stream.store.files import replacing
 
 _FLOAT32_MODE, _FLOAT16_MODE = 2, 12
+_LABEL = b"icestream"
+"""In place of mrcfile's label, which holds the time: the same image gives the same bytes."""
 
 
 def write_micrograph(path: Path, image: NDArray[np.float32], pixel_size_angstrom: float) -> None:
@@ -19,6 +21,7 @@ def write_micrograph(path: Path, image: NDArray[np.float32], pixel_size_angstrom
     with replacing(path) as temporary, mrcfile.new(temporary, overwrite=True) as mrc:
         mrc.set_data(np.ascontiguousarray(image, dtype=np.float32))
         mrc.voxel_size = pixel_size_angstrom
+        mrc.header.label[0] = _LABEL
 
 
 def write_stack(
@@ -47,6 +50,7 @@ def write_stack(
         if start != n_images:
             raise ValueError(f"batches: {start} images, n_images is {n_images}")
         mrc.set_image_stack()
+        mrc.header.label[0] = _LABEL
         mrc.voxel_size = pixel_size_angstrom
         mean = total / (n_images * box_size_px**2)
         mrc.header.dmin, mrc.header.dmax, mrc.header.dmean = low, high, mean

@@ -1,0 +1,1 @@
+"""CryoGEM over a session folder: its bank, its configuration, its generated data sets."""

@@ -1,0 +1,389 @@
+"""A session folder becomes a bank, a training, and annotated micrographs."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import mrcfile
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from actors.cryogem.config import GenerateConfig, SourceConfig, read_generate_config, read_train_config
+from actors.cryogem.generation import generate_micrographs
+from actors.cryogem.session_bank import read_session_bank
+from actors.cryogem.virtual_session import VirtualSessionSettings, write_virtual_session
+from actors.jobs.cryogem import prepare_bank, read_job
+from models.cryo_ief.workers import Workers
+from models.cryogem.bank import load_bank
+from models.fourier.rotations import euler_to_matrix
+from stream.records.errors import ConfigurationError, InputError
+from stream.sinks.mrc_images import write_micrograph
+from stream.sinks.relion_star import read_micrographs_star, read_particles_star, write_picks_star
+from stream.store.layout import OutputLayout
+
+_ROOT = Path(__file__).parents[2]
+NETWORKS = {
+    "depth": 4,
+    "generator_filters": 4,
+    "discriminator_filters": 4,
+    "discriminator_layers": 2,
+    "nce_levels": [1, 2, 3],
+    "head_width": 16,
+}
+TRAINING = {
+    "n_simulated": 2,
+    "crop_px": 64,
+    "constant_epochs": 1,
+    "decay_epochs": 1,
+    "n_queries": 16,
+    "checkpoint_every": 2,
+    "validate_every": 4,
+    "n_validated": 1,
+    "device": "cpu",
+}
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("session")
+    settings = VirtualSessionSettings(
+        n_micrographs=4,
+        shape_yx_px=(192, 256),
+        pixel_size_angstrom=6.0,
+        structure="phantom:3:mass_kda=300",
+        particles_per_micrograph=14.0,
+    )
+    write_virtual_session(folder, settings)
+    return folder
+
+
+def write_config(folder: Path, session: Path, **changes) -> Path:
+    document = {
+        "source": {"session": str(session), "short_side_px": 128},
+        "networks": NETWORKS,
+        "training": TRAINING,
+    }
+    for key, value in changes.items():
+        document[key] = {**document.get(key, {}), **value} if isinstance(value, dict) else value
+    path = folder / "cryogem.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(session, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("training")
+    points = []
+    document = read_job(write_config(folder, session), None).train(folder / "out", Workers(), points.append)
+    assert document["metrics"]["n_steps"] == 4
+    assert points
+    return folder / "out"
+
+
+def copied(session: Path, tmp_path: Path) -> OutputLayout:
+    shutil.copytree(session, tmp_path / "session")
+    return OutputLayout(tmp_path / "session")
+
+
+def source(layout: OutputLayout, **changes) -> SourceConfig:
+    return SourceConfig(session=layout.root, **{"short_side_px": 128, **changes})
+
+
+def test_a_session_fills_in_everything(session):
+    bank = read_session_bank(source(OutputLayout(session)))
+    facts = bank.facts
+    assert bank.shape_yx == (128, 170)
+    assert facts.pixel_size_angstrom == pytest.approx(9.0)
+    assert facts.micrograph_pixel_size_angstrom == pytest.approx(6.0)
+    assert facts.microscope.voltage_kv == 300.0
+    assert len(bank.training_micrographs) == 3
+    assert len(bank.held_out_micrographs) == 1
+    assert 5 < facts.counts.mean < 25
+    assert facts.spacing_px * 9.0 > 0.3 * facts.diameter_angstrom
+    assert facts.skipped == {}
+    assert facts.sources == (str(session / "runs" / "run-truth" / "map.mrc"),)
+    levels = bank.micrographs.float()
+    assert float(levels.mean()) == pytest.approx(150, abs=1.5)
+    defocus = bank.ctfs[:, :2].mean(1)
+    assert bool(((defocus > 11_000) & (defocus < 25_000)).all())
+
+
+def test_what_cannot_be_used_is_skipped_and_counted(session, tmp_path):
+    layout = copied(session, tmp_path)
+    names = sorted(p.stem for p in (layout.root / "micrographs").glob("*.mrc"))
+    whole = np.random.default_rng(2).normal(size=(192, 256)).astype(np.float32)
+    extra = {
+        "nan": whole,
+        "flat": np.full((192, 256), 3.0, np.float32),
+        "small": np.random.default_rng(1).normal(size=(64, 64)).astype(np.float32),
+        "noctf": whole,
+        "nopicks": whole,
+        "norings": whole,
+    }
+    for name, image in extra.items():
+        write_micrograph(layout.micrograph(name), image, 6.0)
+        shutil.copy(layout.ctf_values(names[0]), layout.ctf_values(name))
+        shutil.copy(layout.picks(names[0]), layout.picks(name))
+    with mrcfile.mmap(layout.micrograph("nan"), mode="r+") as handle:
+        handle.data[4, 5] = np.nan
+    layout.ctf_values("noctf").unlink()
+    write_picks_star(layout.picks("nopicks"), np.empty((0, 2)), np.empty(0))
+    values = json.loads(layout.ctf_values("norings").read_text())
+    layout.ctf_values("norings").write_text(json.dumps({**values, "is_reliable": False}))
+    bank = read_session_bank(source(layout))
+    assert sorted(bank.facts.names) == names
+    assert bank.facts.skipped == {
+        "no CTF": 1,
+        "no picks": 1,
+        "unreliable CTF": 1,
+        "another shape or pixel size": 1,
+        "not a finite, varied image": 2,
+    }
+
+
+def test_one_usable_micrograph_is_too_few(session, tmp_path):
+    layout = copied(session, tmp_path)
+    for path in sorted((layout.root / "micrographs").glob("*.mrc"))[1:]:
+        path.unlink()
+    with pytest.raises(InputError, match="at least 2 micrographs"):
+        read_session_bank(source(layout))
+
+
+def test_contradicting_scales_are_refused_with_both_names(session, tmp_path):
+    layout = copied(session, tmp_path)
+    path = layout.root / "runs" / "run-truth" / "map.mrc"
+    with mrcfile.open(path, mode="r+") as handle:
+        handle.voxel_size = 3.0 * float(handle.voxel_size.x)
+    with pytest.raises(
+        InputError, match=r"map\.mrc: map and micrograph have one scale.*virtual_000\d\.mrc has 6\.000"
+    ):
+        read_session_bank(source(layout))
+
+
+def test_a_micrograph_and_its_ctf_with_other_pixel_sizes_are_refused(session, tmp_path):
+    layout = copied(session, tmp_path)
+    path = next((layout.root / "ctf").glob("*.json"))
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "pixel_size_angstrom": 1.5}))
+    with pytest.raises(
+        InputError, match=rf"{path.stem}\.mrc: .*{path.name} \(found: 6\.0000 Å and 1\.5000 Å\)"
+    ):
+        read_session_bank(source(layout))
+
+
+def test_a_session_without_a_map_says_so(session, tmp_path):
+    layout = copied(session, tmp_path)
+    shutil.rmtree(layout.root / "runs")
+    with pytest.raises(InputError, match=r"source\.maps names one"):
+        read_session_bank(source(layout))
+
+
+def test_several_maps_are_conformations_of_one_box(session, tmp_path):
+    layout = copied(session, tmp_path)
+    first = layout.root / "runs" / "run-truth" / "map.mrc"
+    bank = read_session_bank(source(layout, maps=(first, first), symmetry="c3"))
+    assert len(bank.volumes) == 2
+    assert bank.facts.symmetry == "C3"
+
+
+def test_the_bank_is_read_once(session, tmp_path):
+    layout = copied(session, tmp_path)
+    config = read_train_config(write_config(tmp_path, layout.root))
+    first = prepare_bank(config, tmp_path / "out")
+    shutil.rmtree(layout.root)
+    again = prepare_bank(config, tmp_path / "out")
+    assert torch.equal(first.micrographs, again.micrographs)
+    assert first.facts == again.facts
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"trainign": {}}, "unknown key trainign, did you mean training"),
+        ({"training": {"sede": 3}}, "unknown key training.sede, did you mean training.seed"),
+        ({"training": {"n_simulated": "many"}}, "training.n_simulated: Input should be a valid integer"),
+        ({"physics": {"snr": -1.0}}, "snr: -1.0, must be over 0"),
+        ({"source": {"session": None}}, "source.session"),
+    ],
+)
+def test_wrong_configurations_name_the_key(session, tmp_path, change, message):
+    with pytest.raises(ConfigurationError) as caught:
+        read_train_config(write_config(tmp_path, session, **change))
+    assert message in str(caught.value)
+    assert "cryogem.yaml" in str(caught.value)
+
+
+def generate(trained: Path, out: Path, **changes):
+    return generate_micrographs(
+        GenerateConfig(training=trained, out=out, **{"n_micrographs": 3, "seed": 5, **changes})
+    )
+
+
+@pytest.fixture(scope="module")
+def generated(trained, tmp_path_factory):
+    out = tmp_path_factory.mktemp("generated")
+    return generate(trained, out), out
+
+
+def test_annotations_agree_with_each_other(generated, trained):
+    result, out = generated
+    bank = load_bank(trained / "bank.safetensors")
+    star = read_particles_star(out / "particles.star")
+    table = star.particles
+    assert result.n_particles == len(table) > 10
+    assert float(star.optics["rlnImagePixelSize"].iloc[0]) == pytest.approx(9.0)
+    assert len(read_micrographs_star(out / "micrographs.star").particles) == 3
+    with (out / "poses.pkl").open("rb") as stream:
+        rotations, shifts = pickle.load(stream)
+    angles = table[["rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"]].to_numpy(copy=True)
+    assert np.abs(euler_to_matrix(torch.from_numpy(angles)).numpy() - rotations).max() < 1e-5
+    assert shifts.shape == (len(table), 2)
+    with (out / "ctf.pkl").open("rb") as stream:
+        ctf = pickle.load(stream)
+    assert np.allclose(ctf[:, 2], table["rlnDefocusU"], atol=0.01)
+    topaz = (out / "topaz.txt").read_text().splitlines()
+    assert topaz[0].split("\t") == ["image_name", "x_coord", "y_coord"]
+    assert len(topaz) == len(table) + 1
+    assert topaz[1].split("\t")[0] == "synthetic_000000"
+    assert set(table["icestreamBorder"]) <= {0, 1}
+    assert result.n_border == int(table["icestreamBorder"].sum())
+    for name, rows in table.groupby("rlnMicrographName"):
+        with mrcfile.open(out / name) as handle:
+            assert handle.data.shape == bank.shape_yx
+            assert float(handle.voxel_size.x) == pytest.approx(9.0, abs=1e-4)
+            # grey values of the session's scale
+            assert float(handle.data.mean()) == pytest.approx(
+                bank.facts.greys.mean, abs=3 * bank.facts.greys.sd
+            )
+        mask = np.asarray(Image.open(out / "masks" / f"{Path(name).stem}.png"))
+        y, x = rows["rlnCoordinateY"].to_numpy(), rows["rlnCoordinateX"].to_numpy()
+        assert (mask[y.round().astype(int), x.round().astype(int)] == 255).mean() > 0.9
+        with mrcfile.open(out / "particles" / f"{Path(name).stem}.mrcs") as handle:
+            assert len(handle.data) == len(rows)
+
+
+def test_noise_free_particles_show_their_annotated_density(trained, tmp_path):
+    """Without noise a particle's image is brighter in its middle than around it."""
+    generate(trained, tmp_path, noise="none")
+    with mrcfile.open(tmp_path / "particles" / "synthetic_000000.mrcs") as handle:
+        mean = handle.data.mean(axis=0)
+    middle = slice(mean.shape[0] // 2 - 2, mean.shape[0] // 2 + 3)
+    assert mean[middle, middle].mean() > mean[:3].mean() + 1.0
+
+
+def test_a_micrograph_does_not_depend_on_the_others(trained, generated, tmp_path):
+    generate(trained, tmp_path, n_micrographs=1)
+    for name in (
+        "micrographs/synthetic_000000.mrc",
+        "particles/synthetic_000000.mrcs",
+        "masks/synthetic_000000.png",
+    ):
+        assert (tmp_path / name).read_bytes() == (generated[1] / name).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("noise", ["cryogem", "poisson_gaussian"])
+def test_same_seed_same_bytes_for_any_number_of_workers(trained, tmp_path, noise):
+    generate(trained, tmp_path / "one", noise=noise, workers=1)
+    generate(trained, tmp_path / "two", noise=noise, workers=2)
+    files = sorted(p.relative_to(tmp_path / "one") for p in (tmp_path / "one").rglob("*") if p.is_file())
+    assert len(files) == 3 * 4 + 6
+    for path in files:
+        if path.name != "summary.json":
+            assert (tmp_path / "one" / path).read_bytes() == (tmp_path / "two" / path).read_bytes(), path
+
+
+def test_another_seed_gives_other_micrographs(trained, generated, tmp_path):
+    generate(trained, tmp_path, seed=6, n_micrographs=1)
+    name = Path("micrographs/synthetic_000000.mrc")
+    assert (tmp_path / name).read_bytes() != (generated[1] / name).read_bytes()
+
+
+def test_controls_are_what_the_annotations_say(trained, tmp_path):
+    write_picks_star(tmp_path / "wanted.star", np.array([[30.5, 40.25], [100.0, 120.0]]), np.ones(2))
+    path = tmp_path / "generate.yaml"
+    document = {
+        "training": str(trained),
+        "out": "made",
+        "n_micrographs": 2,
+        "noise": "gaussian",
+        "controls": {
+            "positions": "wanted.star",
+            "poses": [[10.0, 20.0, 30.0]],
+            "defocus_angstrom": [9000, 21000],
+            "conformation": 0,
+            "ice": "even",
+        },
+    }
+    path.write_text(yaml.safe_dump(document))
+    generate_micrographs(read_generate_config(path))
+    table = read_particles_star(tmp_path / "made" / "particles.star").particles
+    assert table[["rlnCoordinateY", "rlnCoordinateX"]].to_numpy()[:2].tolist() == [
+        [30.5, 40.25],
+        [100.0, 120.0],
+    ]
+    assert np.allclose(table[["rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"]], [10.0, 20.0, 30.0], atol=1e-3)
+    mean = 0.5 * (table["rlnDefocusU"] + table["rlnDefocusV"])
+    assert mean.round().tolist() == [9000, 9000, 21000, 21000]
+    assert (
+        read_micrographs_star(tmp_path / "made" / "micrographs.star").particles["icestreamIceMap"] == -1
+    ).all()
+
+
+@pytest.mark.parametrize(
+    ("controls", "message"),
+    [
+        ({"conformation": 3}, "controls.conformation"),
+        ({"ice": 99}, "controls.ice"),
+        ({"defocus_angstrom": [-1.0]}, "over 0"),
+    ],
+)
+def test_controls_out_of_range_are_refused(trained, tmp_path, controls, message):
+    path = tmp_path / "generate.yaml"
+    path.write_text(yaml.safe_dump({"training": str(trained), "out": "made", "controls": controls}))
+    with pytest.raises(ConfigurationError, match=message):
+        generate_micrographs(read_generate_config(path))
+
+
+def test_positions_outside_the_frame_are_refused(trained, tmp_path):
+    write_picks_star(tmp_path / "wanted.star", np.array([[30.0, 4000.0]]), np.ones(1))
+    path = tmp_path / "generate.yaml"
+    path.write_text(
+        yaml.safe_dump({"training": str(trained), "out": "made", "controls": {"positions": "wanted.star"}})
+    )
+    with pytest.raises(InputError, match="170 x 128 px"):
+        generate_micrographs(read_generate_config(path))
+
+
+def test_a_folder_without_training_is_refused(tmp_path):
+    with pytest.raises(InputError, match="a training folder of CryoGEM"):
+        generate(tmp_path, tmp_path / "made")
+
+
+@pytest.mark.slow
+def test_the_job_prints_one_document(session, tmp_path):
+    config = write_config(tmp_path, session)
+    command = [sys.executable, "-m", "actors.jobs.cryogem", str(config), "--out", str(tmp_path / "out")]
+    done = subprocess.run(
+        command,
+        cwd=_ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    document = json.loads(done.stdout)
+    assert Path(document["checkpoint"]).is_file()
+    assert document["metrics"]["n_steps"] == 4
+    assert (tmp_path / "out" / "losses.csv").is_file()
