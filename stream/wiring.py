@@ -269,6 +269,8 @@ def run_session(
     With `until_idle` it ends when every file has an outcome and the last run is over (`has_input_ended` can
     hold that back); otherwise at a signal, after what is in work has ended.
     """
+    from stream.exports import write_exports
+
     with draining_on_signals() as stop:
         service = open_service(settings, in_process=in_process, on_event=on_event)
         quiet = QuietClock(settings.ingest.poll_interval_s + 1.0)
@@ -283,24 +285,7 @@ def run_session(
                 service.drain()
             while service.has_stage_in_work:
                 service.step(POLL_TIMEOUT_S)
-            export(service)
+            write_exports(OutputLayout(settings.out), service.controller)
             return summarize(service.controller)
         finally:
             service.close()
-
-
-def export(service: Service) -> None:
-    """Write the session's STAR and .cs files."""
-    from stream.sinks.exporter import export_session
-
-    controller = service.controller
-    members = controller.list_members()
-    if not members:
-        return
-    best = controller.best_run
-    export_session(
-        OutputLayout(service.settings.out),
-        members,
-        model_hash=next(r.model_hash for r in controller.exposures.values() if r.model_hash),
-        run_id=None if best is None else best.run_id,
-    )

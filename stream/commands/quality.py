@@ -134,8 +134,12 @@ def _merge(
 
 
 def _deliver(layout: OutputLayout, requests: Sequence[Request]) -> str:
-    """Commit the requests, or leave them with the service that holds the journal; return which it was."""
+    """Commit the requests and write the exports anew, or leave it to the service that holds the journal.
+
+    Return which of the two it was.
+    """
     from stream.control.controller import Controller
+    from stream.exports import write_exports
     from stream.records.events import Event
     from stream.requests import event_for_request, take_inbox
     from stream.status import read_controller_settings
@@ -160,6 +164,8 @@ def _deliver(layout: OutputLayout, requests: Sequence[Request]) -> str:
         take_inbox(inbox, controller, time.time(), commit)
         for request in requests:
             commit(event_for_request(request, controller, time.time()))
+        if layout.exports.is_dir():
+            write_exports(layout, controller)
     return "journal"
 
 

@@ -159,6 +159,11 @@ class Controller:
         """The accepted map, or None."""
         return self._ladder.best
 
+    @property
+    def model_hash(self) -> str:
+        """The model that scored last, "" before any did."""
+        return self._books.model_hash
+
     def count_above(self, record: ExposureRecord) -> int:
         """Count an exposure's particles above the threshold, used or not."""
         return self._books.count_above(record)

@@ -64,13 +64,17 @@ def export_session(
     """Write export/: particles.star and particles.cs, all_particles.star, micrographs.star.
 
     `particles.*` hold the scored particles: above `score_threshold` if given, and with `run_id` those that
-    the run used, with their poses. `all_particles.star` holds every particle; one that could not be scored
-    has the score nan.
+    the run used, with their poses. `all_particles.star` holds every particle of the members; one that could not
+    be scored has the score nan. Exposures that are no members (rejected ones) are in no file; a file of an
+    earlier export for which nothing is left goes.
     """
     tables = list(_read_members(layout, members, model_hash))
     places = _find_micrographs(layout, members)
     micrographs_star = _write_micrographs(layout, members, tables, places)
+    paths = [layout.exports / name for name in ("particles.star", "particles.cs", "all_particles.star")]
     if not tables:
+        for path in (*paths, layout.exports / "micrographs.star"):
+            path.unlink(missing_ok=True)
         return ExportResult(
             particles_star=None,
             particles_cs=None,
@@ -84,7 +88,6 @@ def export_session(
     chosen = select_above(everything, _EVERYTHING if score_threshold is None else score_threshold)
     if run_id is not None:
         chosen = join_poses(chosen, read_uid_table(layout.run(run_id) / "poses.star"))
-    paths = [layout.exports / name for name in ("particles.star", "particles.cs", "all_particles.star")]
     write_particles_star(paths[0], chosen.particles, chosen.optics)
     write_particles_cs(paths[1], chosen, places)
     write_particles_star(paths[2], everything.particles, everything.optics)

@@ -226,3 +226,14 @@ def test_uids_match_across_the_whole_unsigned_range():
     assert is_known.tolist() == [True, False, True, True]
     assert rows.tolist() == [2, 0, 0, 1]
     assert match_uids(known[:0], known)[1].tolist() == [False] * 3
+
+
+def test_exposures_that_are_no_members_are_in_no_file_and_files_without_content_go(tmp_path: Path):
+    layout, members = make_session(tmp_path)
+    export_session(layout, members, model_hash=MODEL)
+    result = export_session(layout, members[1:], model_hash=MODEL)
+    assert (result.n_particles, result.n_all_particles, result.n_micrographs) == (10, 12, 2)
+    for name in ("particles.star", "all_particles.star", "micrographs.star"):
+        assert members[0].name not in (layout.exports / name).read_text()
+    export_session(layout, [], model_hash=MODEL)
+    assert list(layout.exports.iterdir()) == []
