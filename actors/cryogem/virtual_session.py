@@ -2,11 +2,13 @@
 
 Micrographs come from the virtual microscope (counting noise, granular ice, junk, MTF). Added here: ice of uneven thickness that
 darkens in blots, and a detector's own noise that is correlated between neighbours and along rows. CryoGEM has to
-learn these; noise by formula cannot have them. For tests and benchmarks.
+learn these; noise by formula cannot have them. For tests and benchmarks:
+`python -m actors.cryogem.virtual_session FOLDER --micrographs 24`.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,3 +134,19 @@ def _ctf_document(truth: ExposureTruth, pixel_size_angstrom: float) -> dict[str,
 def _write_json(path: Path, document: dict[str, float | bool | None] | dict[str, object]) -> None:
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(document, indent=2) + "\n")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Write a session from the command line."""
+    parser = argparse.ArgumentParser(prog="python -m actors.cryogem.virtual_session")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--micrographs", type=int, default=VirtualSessionSettings.n_micrographs)
+    parser.add_argument("--seed", type=int, default=VirtualSessionSettings.seed)
+    given = parser.parse_args(arguments)
+    write_virtual_session(
+        given.folder, VirtualSessionSettings(n_micrographs=given.micrographs, seed=given.seed)
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -61,6 +61,22 @@ def train_cryoranker(
     _run(read_job(config, seed), out, as_json=as_json)
 
 
+@train_app.command("cryogem")
+def train_cryogem(
+    config: Annotated[Path, typer.Argument(help="Configuration (models/cryogem/session.yaml is one).")],
+    out: Out = Path("training"),
+    seed: Seed = None,
+    as_json: AsJson = False,
+) -> None:
+    """Learn a session's noise from its micrographs: contrastive noise translation, guided by particle masks.
+
+    Example: icestream train cryogem models/cryogem/session.yaml --out training/
+    """
+    from actors.jobs.cryogem import read_job
+
+    _run(read_job(config, seed), out, as_json=as_json)
+
+
 def _run(job: TrainingJob, out: Path, *, as_json: bool) -> None:
     from actors.jobs.launch import run_training
 

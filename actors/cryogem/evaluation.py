@@ -1,0 +1,125 @@
+"""Judging trainings against held-out micrographs, beside noise by formula and physics alone.
+
+Every set is made of the same virtual specimens, poses, CTFs and ice maps; what differs is the noise. The reference is the
+bank's held-out micrographs; `real` compares them with as many training micrographs, which is the floor that no set can
+be expected to beat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from actors.cryogem.generation import BANK_FILE, GENERATOR_FILE, Noise, make_noise
+from models.cryogem.bank import SessionBank, load_bank
+from models.cryogem.baselines import NOISE_MODELS
+from models.cryogem.evaluation import Distances, measure_distances, ranker_features
+from models.cryogem.greys import levels_to_network_range
+from models.cryogem.pairs import Purpose, random_stream
+from models.cryogem.physics import build_physics
+from models.cryogem.translation import load_generator
+from stream.records.errors import ConfigurationError, InputError
+from stream.store.files import replacing
+
+_PATCH_PER_DIAMETER = 1.5
+_PANEL_PX = 256
+_PANEL = ("real", "physics", "gaussian")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """Distances to the held-out micrographs by set; how many micrographs and patches each has."""
+
+    distances: Mapping[str, Distances]
+    n_micrographs: int
+    n_patches: int
+    patch_px: int
+
+
+def evaluate_trainings(
+    folders: Sequence[Path],
+    *,
+    n_micrographs: int | None = None,
+    seed: int = 0,
+    panel: Path | None = None,
+    on_progress: Callable[[str], None] | None = None,
+) -> Evaluation:
+    """Measure trainings of one session, their ablations for example; `n_micrographs` defaults to those held out."""
+    bank = _common_bank(folders)
+    n = min(n_micrographs or bank.facts.n_held_out, bank.facts.n_held_out)
+    real = [levels_to_network_range(x) for x in bank.held_out_micrographs[:n]]
+    others = [levels_to_network_range(x) for x in bank.training_micrographs[:n]]
+    patch_px = max(
+        32,
+        2 * round(0.5 * _PATCH_PER_DIAMETER * bank.facts.diameter_angstrom / bank.facts.pixel_size_angstrom),
+    )
+    patch_px = min(patch_px, *bank.shape_yx)
+    features = ranker_features()
+    found: dict[str, Distances] = {}
+    shown: dict[str, Tensor] = {"real": real[0]}
+
+    def measure(name: str, images: Sequence[Tensor]) -> None:
+        found[name] = measure_distances(real, images, features, patch_px=patch_px)
+        shown.setdefault(name, images[0])
+        if on_progress is not None:
+            on_progress(f"{name}: {found[name]}")
+
+    if len(others) == n:
+        found["real"] = measure_distances(real, others, features, patch_px=patch_px)
+    for position, folder in enumerate(folders):
+        network, physics = load_generator(folder / GENERATOR_FILE)
+        stage = build_physics(bank, physics)
+        clean = []
+        for index in range(n):
+            rng = random_stream(seed, Purpose.GENERATION, index)
+            clean.append(stage.image(stage.render(stage.draw_specimen(rng)), stage.draw_imaging(rng)))
+
+        def noisy(noise: Noise, images: Sequence[Tensor] = clean) -> list[Tensor]:
+            return [noise(x, random_stream(seed, Purpose.GENERATION, i, 1)) for i, x in enumerate(images)]
+
+        if position == 0:
+            measure("physics", noisy(make_noise("none", stage, network)))
+            for model in NOISE_MODELS:
+                measure(model, noisy(make_noise(model, stage, network)))
+        measure(folder.name, noisy(make_noise("cryogem", stage, network)))
+    if panel is not None:
+        _write_panel(panel, [shown[name] for name in (*_PANEL, folders[0].name)])
+    n_patches = n * (bank.shape_yx[0] // patch_px) * (bank.shape_yx[1] // patch_px)
+    return Evaluation(distances=found, n_micrographs=n, n_patches=n_patches, patch_px=patch_px)
+
+
+def _common_bank(folders: Sequence[Path]) -> SessionBank:
+    if len({folder.name for folder in folders}) != len(folders):
+        raise ConfigurationError(
+            "TRAINING", "training folders have names of their own", [f.name for f in folders]
+        )
+    try:
+        banks = [load_bank(folder / BANK_FILE) for folder in folders]
+        for folder in folders:
+            load_generator(folder / GENERATOR_FILE)
+    except ValueError as error:
+        raise InputError(folders[0], f"a training folder of CryoGEM ({error})") from error
+    for folder, bank in zip(folders, banks, strict=True):
+        if not torch.equal(bank.held_out_micrographs, banks[0].held_out_micrographs):
+            raise InputError(
+                folder, f"trainings that are compared hold out the same micrographs as {folders[0]}"
+            )
+    return banks[0]
+
+
+def _write_panel(path: Path, images: Sequence[Tensor]) -> None:
+    """Write the middle of each image, side by side."""
+    side = min(_PANEL_PX, *(min(image.shape) for image in images))
+    cut = []
+    for image in images:
+        top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
+        cut.append(image[top : top + side, left : left + side])
+    levels = ((torch.cat(cut, dim=1) + 1.0) * 127.5).clamp(0, 255).round().to(torch.uint8).numpy()
+    with replacing(path) as temporary:
+        Image.fromarray(np.asarray(levels)).save(temporary, format="PNG", optimize=True)
