@@ -3,7 +3,7 @@
 One movie as a camera writes it (8-bit counts in LZW TIFF, raw, with a gain reference): a scene of particles under
 one CTF, moved by whole pixels from frame to frame, with Poisson counts. It is cheaper than the virtual
 microscope's physics and has no local motion; the time that the stages take does not depend on that. Every
-measurement is a fresh process, pinned to the cores that it is given, so that its memory is its own.
+measurement is a fresh process, pinned to the core that it is given, so that its memory is its own.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
-import resource
 import shutil
 import subprocess
 import time
@@ -43,10 +42,9 @@ PREDICTED_CORES = (8, 32)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """One movie in one process: CPU seconds per stage, wall and CPU seconds in all, peak resident memory."""
+    """One movie in one process: CPU seconds per stage and in all, peak resident memory."""
 
     stage_cpu_s: dict[str, float]
-    wall_s: float
     cpu_s: float
     peak_bytes: int
     n_picks: int
@@ -56,27 +54,19 @@ def run_preprocess_benchmark(
     folder: Path, *, n_frames: int = 40, shape_yx: tuple[int, int] = SHAPE_YX, n_eer_frames: int = 1000
 ) -> list[dict[str, Any]]:
     """Measure preprocessing of one movie on one core and on two, and the memory of every format's reader."""
-    movie, gain = write_bench_movie(folder, n_frames, shape_yx)
-    cores = sorted(os.sched_getaffinity(0))
-    one = _preprocess(folder / "one", movie, gain, n_threads=1, cores=cores[:1])
-    two = _preprocess(folder / "two", movie, gain, n_threads=2, cores=cores[:2])
-    pair_s = _preprocess_side_by_side(folder / "pair", movie, gain, cores[:2])
-    relion = {
-        n: _run_relion(folder / f"relion{n}", movie, gain, n_frames, cores[:n])
-        for n in (1, 2)
-        if shutil.which(RELION)
-    }
+    with _fresh_process() as process:
+        movie, gain = process.submit(write_bench_movie, folder, n_frames, shape_yx).result()
+    cores = sorted(os.sched_getaffinity(0))[:2]
     float32_bytes = 4 * n_frames * shape_yx[0] * shape_yx[1]
-    figures = [
-        _figure("preprocess, 1 core", one, relion.get(1), float32_bytes),
-        _figure("preprocess, 1 worker of 2 threads on 2 cores", two, relion.get(2), float32_bytes),
-        _throughput(one, pair_s),
-    ]
-    figures += [
-        _memory_figure(folder, name, n_frames, shape_yx, n_eer_frames)
-        for name in ("tiff", "mrc", "mrc-float", "eer")
-    ]
-    return figures
+    figures = []
+    for used in (cores[:1], cores)[: len(cores)]:
+        ours = _preprocess_on(folder / f"ours{len(used)}", movie, gain, used)
+        relion = None
+        if shutil.which(RELION):
+            relion = _run_relion(folder / f"relion{len(used)}", movie, gain, n_frames, used)
+        figures.append(_figure(ours, relion, float32_bytes))
+    formats = ("tiff", "mrc", "mrc-float", "eer")
+    return figures + [_memory_figure(folder, name, n_frames, shape_yx, n_eer_frames) for name in formats]
 
 
 def write_bench_movie(folder: Path, n_frames: int, shape_yx: tuple[int, int]) -> tuple[Path, Path]:
@@ -135,25 +125,29 @@ def _draw_scene(shape_yx: tuple[int, int], rng: np.random.Generator) -> NDArray[
     return scene
 
 
-def _preprocess(folder: Path, movie: Path, gain: Path, *, n_threads: int, cores: list[int]) -> Measurement:
-    with _fresh_process() as process:
-        return process.submit(_measure_preprocess, folder, movie, gain, n_threads, cores).result()
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    """A worker of one thread on each core, all at work at once; wall seconds are those per movie of them together."""
+
+    workers: tuple[Measurement, ...]
+    wall_s: float
+
+    def mean_cpu_s(self, *stages: str) -> float:
+        return sum(w.stage_cpu_s[stage] for w in self.workers for stage in stages) / len(self.workers)
 
 
-def _preprocess_side_by_side(folder: Path, movie: Path, gain: Path, cores: list[int]) -> float:
-    """Return wall seconds per movie with one worker of one thread on each core, both at work at once."""
+def _preprocess_on(folder: Path, movie: Path, gain: Path, cores: list[int]) -> _Run:
     processes = [_fresh_process() for _ in cores]
     try:
         for process in processes:  # started, and everything imported, before the clock runs
-            process.submit(_settings, gain, 1).result()
+            process.submit(_settings, gain).result()
         started = time.perf_counter()
         running = [
-            process.submit(_measure_preprocess, folder / str(core), movie, gain, 1, [core])
+            process.submit(_measure_preprocess, folder / str(core), movie, gain, core)
             for process, core in zip(processes, cores, strict=True)
         ]
-        for future in running:
-            future.result()
-        return (time.perf_counter() - started) / len(cores)
+        workers = tuple(future.result() for future in running)
+        return _Run(workers=workers, wall_s=(time.perf_counter() - started) / len(cores))
     finally:
         for process in processes:
             process.shutdown()
@@ -163,7 +157,7 @@ def _fresh_process() -> ProcessPoolExecutor:
     return ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn"))
 
 
-def _settings(gain: Path, n_threads: int) -> PreprocessSettings:
+def _settings(gain: Path) -> PreprocessSettings:
     from actors.preprocess.exposure import (
         preprocess_exposure,
     )  # imported here so that no measurement pays for it
@@ -177,30 +171,26 @@ def _settings(gain: Path, n_threads: int) -> PreprocessSettings:
         dose_e_per_angstrom2=60.0,
         particle_diameter_angstrom=DIAMETER_ANGSTROM,
         gain=gain,
-        n_threads=n_threads,
     )
 
 
-def _measure_preprocess(
-    folder: Path, movie: Path, gain: Path, n_threads: int, cores: list[int]
-) -> Measurement:
+def _measure_preprocess(folder: Path, movie: Path, gain: Path, core: int) -> Measurement:
     from actors.preprocess.clock import StageClock
     from actors.preprocess.exposure import preprocess_exposure
     from stream.ingest.validation import ExpectedAcquisition, validate_image_file
     from stream.records.values import InputKind
     from stream.store.layout import OutputLayout
 
-    os.sched_setaffinity(0, cores)
-    settings = _settings(gain, n_threads)
+    os.sched_setaffinity(0, {core})
+    settings = _settings(gain)
     exposure = validate_image_file(
         movie, movie.name, InputKind.MOVIE, expected=ExpectedAcquisition(), gain=None
     )
     clock = StageClock(now=time.process_time)
-    wall, cpu = time.perf_counter(), time.process_time()
+    cpu = time.process_time()
     result = preprocess_exposure(exposure, settings, OutputLayout(folder), clock=clock)
     return Measurement(
         stage_cpu_s=result.seconds,
-        wall_s=time.perf_counter() - wall,
         cpu_s=time.process_time() - cpu,
         peak_bytes=_peak_bytes(),
         n_picks=result.n_picks,
@@ -208,7 +198,9 @@ def _measure_preprocess(
 
 
 def _peak_bytes() -> int:
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """Return this process's own peak resident memory (rusage would have that of the one that started it, too)."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,45 +237,36 @@ def _run_relion(folder: Path, movie: Path, gain: Path, n_frames: int, cores: lis
     return _Relion(wall_s, usage.ru_utime + usage.ru_stime, 1024 * usage.ru_maxrss)
 
 
-def _figure(name: str, ours: Measurement, relion: _Relion | None, float32_bytes: int) -> dict[str, Any]:
-    motion_s = ours.stage_cpu_s["read"] + ours.stage_cpu_s["motion"]
-    figure = {
-        "name": name,
-        "value": ours.cpu_s,
+def _figure(ours: _Run, relion: _Relion | None, float32_bytes: int) -> dict[str, Any]:
+    n = len(ours.workers)
+    cpu_s = sum(worker.cpu_s for worker in ours.workers) / n
+    motion_s = ours.mean_cpu_s("read", "motion")
+    peak_bytes = max(worker.peak_bytes for worker in ours.workers)
+    figure: dict[str, Any] = {
+        "name": f"preprocess on {n} core{'' if n == 1 else 's'}",
+        "value": cpu_s,
         "unit": "CPU s per movie",
         "baseline": f"{RELION} is not installed",
         "ratio": math.nan,
         "wall_s": ours.wall_s,
-        "peak_memory_ratio": ours.peak_bytes / float32_bytes,
-        "peak_memory_bytes": ours.peak_bytes,
-        "read_and_motion_cpu_s": motion_s,
-        "picks": ours.n_picks,
-        **{f"{stage}_cpu_s": ours.stage_cpu_s[stage] for stage in STAGES},
+        "movies_per_h": 3600.0 / ours.wall_s,
+        "peak_memory_ratio": peak_bytes / float32_bytes,
+        "peak_memory_bytes": peak_bytes,
+        "picks": ours.workers[0].n_picks,
+        **{f"{stage}_cpu_s": ours.mean_cpu_s(stage) for stage in STAGES},
+        # disk and memory bandwidth taken as no limit
+        **{f"predicted_movies_per_h_{cores}_cores": 3600.0 * cores / cpu_s for cores in PREDICTED_CORES},
+        "gpus": "not measured on a GPU: preprocessing runs on cores alone",
     }
     if relion is not None:
         figure |= {
-            "baseline": f"{RELION} --use_own, {relion.cpu_s:.1f} CPU s, for reading and motion ({motion_s:.1f} CPU s)",
+            "baseline": f"{RELION} --use_own --j {n}: {relion.cpu_s:.1f} CPU s; reading and motion {motion_s:.1f} CPU s",
             "ratio": relion.cpu_s / motion_s,
             "relion_wall_s": relion.wall_s,
             "relion_cpu_s": relion.cpu_s,
             "relion_peak_memory_ratio": relion.peak_bytes / float32_bytes,
         }
     return figure
-
-
-def _throughput(one: Measurement, pair_s: float) -> dict[str, Any]:
-    """Movies per hour: measured with a worker on each of two cores, predicted from CPU seconds for more."""
-    predicted = {f"predicted_movies_per_h_{n}_cores": 3600.0 * n / one.cpu_s for n in PREDICTED_CORES}
-    return {
-        "name": "preprocess, 2 workers on 2 cores",
-        "value": 3600.0 / pair_s,
-        "unit": "movies/h",
-        "baseline": f"one worker on one core: {3600.0 / one.wall_s:.1f} movies/h",
-        "ratio": one.wall_s / pair_s,
-        **predicted,
-        "prediction": "3600 cores / CPU seconds of one movie: disk and memory bandwidth taken as no limit",
-        "gpus": "not measured on a GPU: preprocessing runs on cores alone",
-    }
 
 
 def _memory_figure(
