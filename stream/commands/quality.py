@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -195,7 +196,7 @@ def print_quality(document: Mapping[str, Any]) -> None:
             f"{particles['extracted']} particles, {particles['above_threshold']} of them above "
             f"{document['particles']['score_threshold']}"
         )
-    rules = Table("limit", "value", "exposures that break it", "their particles", "above threshold")
+    rules = _table("limit", "value", "broken by", "particles", "above threshold")
     for rule in document["rules"]:
         particles = rule["particles"]
         rules.add_row(
@@ -210,9 +211,9 @@ def print_quality(document: Mapping[str, Any]) -> None:
         console.print(f"no rings   {document['without_rings']} exposures (they break any limit on the CTF)")
     from stream.quality_report import PERCENTILES
 
-    figures = Table("figure", "known", *(f"{q} %" for q in PERCENTILES))
+    figures = _table("figure", "known", *(f"{q} %" for q in PERCENTILES))
     for name, figure in document["figures"].items():
-        cells = [f"{figure[f'p{q}']:.4g}" if figure["n"] else "-" for q in PERCENTILES]
+        cells = [_short(figure[f"p{q}"]) if figure["n"] else "-" for q in PERCENTILES]
         figures.add_row(name, str(figure["n"]), *cells)
     console.print(figures)
     for item in document["overruled"]:
@@ -225,3 +226,16 @@ def print_quality(document: Mapping[str, Any]) -> None:
     if document["delivered"] is not None:
         said = {"dry run": "nothing was changed (dry run)", "service": "taken by the running service"}
         console.print(said.get(document["delivered"], "written to the journal"))
+
+
+def _table(first: str, *others: str) -> Table:
+    """Return a table whose first column is never cut, for terminals of 80 columns."""
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
+    table.add_column(first, no_wrap=True)
+    for other in others:
+        table.add_column(other, justify="right", no_wrap=True)
+    return table
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if abs(value) >= 100.0 else f"{value:.2f}"
