@@ -40,12 +40,38 @@ def average_precision(scores: NDArray[np.floating], is_good: NDArray[np.bool_]) 
     if not is_good.any():
         msg = "is_good: 0 good, average precision needs one"
         raise ValueError(msg)
+    if is_good.all():
+        return 1.0
+    curves = threshold_curves(scores, is_good)
+    return float(np.sum(np.diff(curves.recall, prepend=0.0) * curves.precision))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ThresholdCurves:
+    """What accepting everything at or above each distinct score gives, from the strictest threshold on."""
+
+    threshold: NDArray[np.float64]
+    precision: NDArray[np.float64]
+    recall: NDArray[np.float64]
+    false_positive_rate: NDArray[np.float64]
+
+
+def threshold_curves(scores: NDArray[np.floating], is_good: NDArray[np.bool_]) -> ThresholdCurves:
+    """Return precision, recall (the ROC's true positive rate) and false positive rate at every threshold."""
+    n_good, n_bad = int(is_good.sum()), int((~is_good).sum())
+    if not n_good or not n_bad:
+        msg = f"is_good: {n_good} good and {n_bad} bad, the curves need both"
+        raise ValueError(msg)
     order = np.argsort(-scores, kind="stable")
     hits = np.cumsum(is_good[order])
-    is_last_of_tie = np.append(np.diff(scores[order]) != 0, True)
-    precision = hits[is_last_of_tie] / (np.flatnonzero(is_last_of_tie) + 1)
-    recall = hits[is_last_of_tie] / hits[-1]
-    return float(np.sum(np.diff(recall, prepend=0.0) * precision))
+    last = np.flatnonzero(np.append(np.diff(scores[order]) != 0, True))
+    hits = hits[last]
+    return ThresholdCurves(
+        threshold=np.asarray(scores[order][last], np.float64),
+        precision=hits / (last + 1),
+        recall=hits / n_good,
+        false_positive_rate=(last + 1 - hits) / n_bad,
+    )
 
 
 def score_quality(

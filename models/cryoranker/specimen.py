@@ -74,37 +74,58 @@ def stretched(structure: AtomicStructure, sigma: float, generator: torch.Generat
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rendering:
+    """The atoms of a structure that the grid holds, and the pixel size that fits its diameter to `DIAMETER_PX`."""
+
+    structure: AtomicStructure
+    pixel_size_angstrom: float
+
+    @property
+    def diameter_angstrom(self) -> float:
+        """The structure's diameter."""
+        return self.pixel_size_angstrom * DIAMETER_PX
+
+
+def rendering_of(structure: AtomicStructure) -> Rendering:
+    """Return how a structure fits on the grid."""
+    radius = float(np.quantile(np.linalg.norm(structure.positions_angstrom, axis=1), _OUTERMOST))
+    pixel_size_angstrom = 2.0 * radius / DIAMETER_PX
+    inside = np.abs(structure.positions_angstrom).max(axis=1) < pixel_size_angstrom * (GRID_PX // 2 - 2)
+    return Rendering(structure=_subset(structure, inside), pixel_size_angstrom=pixel_size_angstrom)
+
+
 def render_pool(
     structure: AtomicStructure, *, n_views: int, n_fragments: int, generator: torch.Generator
 ) -> ViewPool:
     """Return `n_views` uniformly random views of a structure and `n_fragments` of its broken pieces."""
-    radius = float(np.quantile(np.linalg.norm(structure.positions_angstrom, axis=1), _OUTERMOST))
-    pixel_size_angstrom = 2.0 * radius / DIAMETER_PX
-    inside = np.abs(structure.positions_angstrom).max(axis=1) < pixel_size_angstrom * (GRID_PX // 2 - 2)
-    kept = _subset(structure, inside)
-    fragments = [_broken(kept, generator) for _ in range(_N_PIECES)]
+    rendering = rendering_of(structure)
+    pixel_size_angstrom = rendering.pixel_size_angstrom
+    fragments = [_broken(rendering.structure, generator) for _ in range(_N_PIECES)]
+    n_of_each = -(-n_fragments // len(fragments))
     pieces = [
-        _project(piece, pixel_size_angstrom, -(-n_fragments // len(fragments)), generator)
+        project_views(piece, pixel_size_angstrom, random_rotations(n_of_each, generator))
         for piece in fragments
     ]
     return ViewPool(
         name=structure.name,
-        diameter_angstrom=2.0 * radius,
-        views=_project(kept, pixel_size_angstrom, n_views, generator),
+        diameter_angstrom=rendering.diameter_angstrom,
+        views=project_views(rendering.structure, pixel_size_angstrom, random_rotations(n_views, generator)),
         fragments=torch.cat(pieces)[:n_fragments],
     )
 
 
-def _project(
-    structure: AtomicStructure, pixel_size_angstrom: float, n_views: int, generator: torch.Generator
+def project_views(
+    structure: AtomicStructure, pixel_size_angstrom: float, rotations: Float[Tensor, "v 3 3"]
 ) -> Float[Tensor, "v n n"]:
+    """Return projections of a structure on `GRID_PX` pixels, protein positive, the solvent's potential displaced."""
     density = density_from_atoms(
         structure, GRID_PX, pixel_size_angstrom, solvent_potential_v=ICE_MEAN_POTENTIAL_V
     )
     plane = HalfPlane.of(GRID_PX, _MAX_SHELL)
-    values = extract_slices(volume_to_cube(density, _MAX_SHELL), random_rotations(n_views, generator), plane)
+    values = extract_slices(volume_to_cube(density, _MAX_SHELL), rotations, plane)
     ky, kx = plane.ky.long() % GRID_PX, plane.kx.long()
-    spectrum = torch.zeros((n_views, GRID_PX, GRID_PX // 2 + 1), dtype=torch.complex64)
+    spectrum = torch.zeros((len(rotations), GRID_PX, GRID_PX // 2 + 1), dtype=torch.complex64)
     spectrum[:, ky, kx] = values
     # The plane lists each independent coefficient once; the column kx = 0 holds both of a Friedel pair.
     on_axis = plane.kx == 0

@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from models.cryo_ief.config import Head, VitConfig, vit_config
+from models.cryo_ief.encode import encode_grey
 from models.cryo_ief.image_sets import grey_statistics
 from models.cryo_ief.layouts import load_model
 from models.cryo_ief.optimisation import build_optimiser, prepare_start, set_learning_rate
@@ -288,23 +289,13 @@ def initial_model(config: TrainConfig, model_config: VitConfig) -> CryoVit:
     return model
 
 
-def evaluate(model: CryoVit, particles: LabelledParticles, *, batch_size: int = 256) -> ScoreQuality:
-    """Return the figures of a network on labelled particles."""
-    return score_quality(score_grey(model, particles.grey, batch_size=batch_size), particles.labels)
-
-
-def score_grey(model: CryoVit, grey: NDArray[np.uint8], *, batch_size: int = 256) -> NDArray[np.float32]:
-    """Return the scores of grey-level images, the network in evaluation mode."""
-    was_training = model.training
-    model.eval()
-    parts, device = [], model.cls_token.device
-    with torch.inference_mode():
-        for first in range(0, len(grey), batch_size):
-            images = torch.from_numpy(grey[first : first + batch_size]).float()[:, None] / 255.0
-            _, logits = model(((images - model.config.mean) / model.config.std).to(device))
-            parts.append(model.score(logits).cpu().numpy())
-    model.train(was_training)
-    return np.concatenate(parts)
+def evaluate(model: CryoVit, particles: LabelledParticles) -> ScoreQuality:
+    """Return the figures of a network with a ranking head on labelled particles."""
+    scores = encode_grey(model, particles.grey).scores
+    if scores is None:
+        msg = f"model: {model.config.architecture}, has no ranking head and gives no score"
+        raise ValueError(msg)
+    return score_quality(scores, particles.labels)
 
 
 def _step(
