@@ -203,7 +203,7 @@ QUALITY = Row(
             queries=(Query(expr=f"icestream_particles_in_use{{{ME}}}", legend="{{instance}}"),), minimum=0,
         ),
         Panel(
-            title="Gain residual", about="Correlation of the corrected frames with the gain reference; 0 when it fits.",
+            title="Gain residual", about="Part of the gain reference's detail left in the corrected frames; 0 when it fits.",
             queries=(
                 Query(expr=f"icestream_gain_residual{{{ME}}}", legend="residual"),
                 Query(expr=f"icestream_gain_residual_limit{{{ME}}}", legend="limit"),

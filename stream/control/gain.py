@@ -108,7 +108,7 @@ class ResidualWatch:
 
     @property
     def mean(self) -> float | None:
-        """Mean residual correlation of the last movies, or None before there are enough."""
+        """Mean residual of the last movies, or None before there are enough."""
         if len(self._recent) < (self._recent.maxlen or 0):
             return None
         return sum(self._recent) / len(self._recent)
@@ -119,7 +119,7 @@ class ResidualWatch:
         mean = self.mean
         if mean is None:
             return None
-        figure = f"mean residual correlation {mean:+.3f} over {len(self._recent)} movies"
+        figure = f"mean residual {mean:+.3f} over {len(self._recent)} movies"
         if not self.is_over and abs(mean) > self._limit:
             self.is_over = True
             return f"the gain reference no longer fits: {figure} (rule: at most ±{self._limit:g})"

@@ -164,8 +164,8 @@ class PreprocessResult:
     """What preprocessing made of one exposure; paths are relative to the output folder, None = not made.
 
     `crystalline_ice` is the excess of sharp ice reflections in robust standard deviations, `masked_fraction`
-    the part of the field that is carbon, contamination or ice, `gain_residual` the correlation of the
-    corrected frames' mean with the gain reference (0 when the gain fits). `picker` names what picked:
+    the part of the field that is carbon, contamination or ice, `gain_residual` the part
+    of the gain reference's fine detail that is left in the mean of the corrected frames (0 when it fits). `picker` names what picked:
     "blob", "template:RUN" or "topaz".
     """
 

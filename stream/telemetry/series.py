@@ -302,7 +302,7 @@ class Series:
             self.rejected.labels(rule)
         self.gain_residual = Gauge(
             "icestream_gain_residual",
-            "Mean correlation of the corrected frames with the gain reference over the latest movies; 0 when it fits.",
+            "Part of the gain reference's detail left in the corrected frames, mean of the latest movies; 0 when it fits.",
             registry=self.registry,
         )
         self.gain_residual.set(math.nan)  # not shown until there are enough movies
