@@ -164,7 +164,13 @@ def fit_ctf_spectrum(
     refined = [_refine(rings, point, search) for point in _distinct(climbed)]
     best = max(refined, key=lambda item: item.value)
     others = [r for r in refined if not _is_same(r.point, best.point)]
-    return _describe(rings, best, others, search, power, pixel_size_angstrom, microscope)
+    # rings may be visible beyond the limit of the fit: their reach and nodes are looked for up to Nyquist
+    wide = _build_wide(power, pixel_size_angstrom, microscope, search)
+    thickness = _find_thickness(wide, best.point, search)
+    if thickness is not None:
+        best = _refine(rings, best.point, search, thickness)
+        thickness = _find_thickness(wide, best.point, search)
+    return _describe(rings, wide, best, others, search, thickness)
 
 
 def score_ctf_spectrum(
@@ -177,8 +183,10 @@ def score_ctf_spectrum(
     """Judge somebody else's CTF values on a spectrum: the same record with our figures."""
     search = search or CtfSearch()
     rings = _build(power, pixel_size_angstrom, microscope, search)
-    judged = _judge(rings, fitted.point, search)
-    return _describe(rings, judged, [], search, power, pixel_size_angstrom, microscope)
+    wide = _build_wide(power, pixel_size_angstrom, microscope, search)
+    thickness = _find_thickness(wide, fitted.point, search)
+    judged = _judge(rings, fitted.point, search, thickness)
+    return _describe(rings, wide, judged, [], search, thickness)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +224,10 @@ def _build(power: Tensor, pixel: float, microscope: Microscope, search: CtfSearc
     return build_rings(power, pixel, microscope, (search.coarsest_resolution_angstrom, finest))
 
 
+def _build_wide(power: Tensor, pixel: float, microscope: Microscope, search: CtfSearch) -> RingSpectrum:
+    return build_rings(power, pixel, microscope, (search.coarsest_resolution_angstrom, 2.05 * pixel))
+
+
 @dataclass(frozen=True, slots=True)
 class _Optimum:
     point: FloatArray
@@ -223,25 +235,40 @@ class _Optimum:
     likelihood: Likelihood
 
 
-def _refine(rings: RingSpectrum, start: FloatArray, search: CtfSearch) -> _Optimum:
+def _refine(
+    rings: RingSpectrum, start: FloatArray, search: CtfSearch, thickness: float | None = None
+) -> _Optimum:
     """Climb under the envelope that the data show at the start, twice."""
     point = start
     for _ in range(2):
-        envelope = estimate_envelope(rings, point)
-        likelihood = Likelihood(rings, envelope, noise_variance(rings, point, envelope))
-        point, _ = climb(likelihood, point, search)
-    return _judge(rings, point, search)
+        point, _ = climb(_likelihood(rings, point, thickness), point, search)
+    return _judge(rings, point, search, thickness)
 
 
-def _judge(rings: RingSpectrum, point: FloatArray, search: CtfSearch) -> _Optimum:
-    envelope = estimate_envelope(rings, point)
-    likelihood = Likelihood(rings, envelope, noise_variance(rings, point, envelope))
+def _judge(
+    rings: RingSpectrum, point: FloatArray, search: CtfSearch, thickness: float | None = None
+) -> _Optimum:
+    likelihood = _likelihood(rings, point, thickness)
     prior = float(search.log_prior(math.hypot(point[1], point[2])))
     return _Optimum(point, likelihood(point) + prior, likelihood)
 
 
+def _likelihood(rings: RingSpectrum, point: FloatArray, thickness: float | None) -> Likelihood:
+    envelope = estimate_envelope(rings, point, np.sign(sinc_thickness(rings, thickness)))
+    return Likelihood(rings, envelope, noise_variance(rings, point, envelope))
+
+
+def _find_thickness(wide: RingSpectrum, point: FloatArray, search: CtfSearch) -> float | None:
+    if search.max_thickness_angstrom is None:
+        return None
+    noise = noise_variance(wide, point, estimate_envelope(wide, point))
+    return estimate_thickness(wide, point, search.max_thickness_angstrom, noise)
+
+
 def _is_same(a: FloatArray, b: FloatArray) -> bool:
-    return abs(a[0] - b[0]) < 0.05 * max(a[0], b[0]) and abs(a[3] - b[3]) < 30.0
+    # phase shifts repeat after 180°
+    phase = abs((a[3] - b[3] + 90.0) % 180.0 - 90.0)
+    return abs(a[0] - b[0]) < 0.05 * max(a[0], b[0]) and bool(phase < 30.0)
 
 
 def _distinct(climbed: list[tuple[FloatArray, float]], *, n_keep: int = 4) -> list[FloatArray]:
@@ -257,19 +284,13 @@ def _distinct(climbed: list[tuple[FloatArray, float]], *, n_keep: int = 4) -> li
 
 def _describe(
     rings: RingSpectrum,
+    wide: RingSpectrum,
     best: _Optimum,
     others: list[_Optimum],
     search: CtfSearch,
-    power: Tensor,
-    pixel: float,
-    microscope: Microscope,
+    thickness: float | None,
 ) -> FittedCtf:
     point, likelihood = best.point, best.likelihood
-    # rings may be visible beyond the limit of the fit: their reach is judged up to Nyquist
-    wide = build_rings(power, pixel, microscope, (search.coarsest_resolution_angstrom, 2.05 * pixel))
-    thickness = None
-    if search.max_thickness_angstrom is not None:
-        thickness = estimate_thickness(wide, point, search.max_thickness_angstrom, likelihood.noise_variance)
     resolution = fit_resolution(wide, point, thickness)
     flat = np.ones_like(rings.k)
     product, square = Likelihood(rings, flat, 1.0).correlate(point)

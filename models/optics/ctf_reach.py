@@ -17,7 +17,7 @@ from models.optics.ctf_rings import FloatArray, RingSpectrum
 RING_CORRELATION = 0.5
 # A node is believed when the rings beyond it stand reversed by this many standard deviations, and those
 # before it upright by as much.
-_NODE_SIGNIFICANCE = 6.0
+_NODE_SIGNIFICANCE = 4.5
 _MIN_THICKNESS_ANGSTROM = 200.0
 _FALLOFFS_ANGSTROM2 = (0.0, 10.0, 20.0, 40.0, 80.0, 160.0)
 
@@ -73,24 +73,30 @@ def fit_resolution(rings: RingSpectrum, point: FloatArray, thickness_angstrom: f
     """Return the resolution in Å up to which data and fit correlate better than `RING_CORRELATION`.
 
     Both are averaged over sectors along lines of equal phase, and correlated in a window of one and a half
-    rings (at least seven Fourier pixels) around each shell; the limit is the last shell before the
-    correlation has stayed below the threshold for a whole window. The surroundings of a node, where no
-    rings are to be seen, do not end it.
+    rings (at least nine Fourier pixels) around each shell; a stretch of shells counts when it is half a window
+    long, and the limit is the last of these before the correlation has stayed below the threshold for
+    a whole window. The surroundings of a node, where no rings are to be seen, do not end it.
     """
     data, trial = equiphase_profiles(rings, point)
-    node = sinc_thickness(rings, thickness_angstrom)
-    trial = trial * np.sign(node)
-    is_blind = np.abs(node) < 0.15
+    trial = trial * np.sign(sinc_thickness(rings, thickness_angstrom))
     k = rings.k
+    # ξ / π of the ice's thickness: the first node is at 1
+    nodes = rings.wavelength_angstrom * k**2 * (thickness_angstrom or 0.0)
+    is_blind = (nodes > 0.8) & (nodes < 1.25)
     half = half_windows(rings, float(point[0]))
-    last, n_bad = -1, 0
+    last, n_good, n_bad = -1, 0, 0
     for i in range(len(k)):
         part = slice(max(0, i - half[i]), i + half[i] + 1)
         if _correlation(data[part], trial[part]) >= RING_CORRELATION:
-            last, n_bad = i, 0
-        elif not is_blind[i]:
+            n_good += 1
+            if n_good > half[i]:
+                last, n_bad = i, 0
+        else:
+            n_good = 0
+        # a stretch that is still too short counts against the rings until it is long enough
+        if last < i and not is_blind[i]:
             n_bad += 1
-        if last >= 0 and n_bad > 2 * half[i]:
+        if last >= 0 and n_bad > 2 * half[i] + 1:
             break
     return math.inf if last < 0 else 1.0 / float(k[last])
 
@@ -104,10 +110,10 @@ def count_rings(rings: RingSpectrum, point: FloatArray, resolution_angstrom: flo
 
 
 def half_windows(rings: RingSpectrum, defocus_angstrom: float) -> list[int]:
-    """Return for each shell the half width, in shells, of a window of one and a half rings, at least three."""
+    """Return for each shell the half width, in shells, of a window of one and a half rings, at least four."""
     slope = np.gradient(defocus_angstrom * rings.chi_defocus + rings.chi_fixed, rings.k)
     periods = math.pi / np.maximum(np.abs(slope), 1e-9)
-    return [max(3, min(len(rings.k), math.ceil(0.75 * float(p) / rings.k_step))) for p in periods]
+    return [max(4, min(len(rings.k), math.ceil(0.75 * float(p) / rings.k_step))) for p in periods]
 
 
 def equiphase_profiles(rings: RingSpectrum, point: FloatArray) -> tuple[FloatArray, FloatArray]:

@@ -196,26 +196,36 @@ def _free(search: CtfSearch) -> tuple[int, FloatArray]:
     return n_free, scales[:n_free]
 
 
-def estimate_envelope(rings: RingSpectrum, point: FloatArray) -> FloatArray:
-    """Return how high the rings of a point stand by (sector, ring): smooth, not negative, noise taken off.
+def estimate_envelope(
+    rings: RingSpectrum, point: FloatArray, polarity: FloatArray | None = None
+) -> FloatArray:
+    """Return how high the rings of a point stand by (sector, ring): smooth, noise taken off, not negative.
 
     A product of a radial profile and a factor 1 + a cos 2θ + b sin 2θ: drift blurs rings along one direction.
+    `polarity` (ring) is -1 where thick ice reverses the rings; the envelope is negative there.
     """
-    trial = rings.template(point, np.ones_like(rings.k))
+    upright = np.ones_like(rings.k) if polarity is None else polarity
+    trial = rings.template(point, upright)
     product, square = trial * rings.data, trial**2
-    sigma = max(3.0, 0.06 * len(rings.k))
-    radial_square = gaussian_filter1d(square.sum(axis=0), sigma, mode="nearest")
-    profile = gaussian_filter1d(product.sum(axis=0), sigma, mode="nearest") / (radial_square + 1e-12)
-    # what noise alone leaves in such a mean
-    variance = rings.spread**2 / (2.0 * math.sqrt(math.pi) * sigma * radial_square + 1e-12)
-    profile = np.maximum(profile, 0.0) * np.clip(1.0 - 2.0 * variance / (profile**2 + 1e-20), 0.02, 1.0)
+    profile = shrink_profile(product.sum(axis=0), square.sum(axis=0), rings.spread**2)
     if not profile.max() > 0.0:
-        return np.ones_like(rings.k)
+        return upright
     heights = (product * profile).sum(axis=1) / ((square * profile**2).sum(axis=1) + 1e-12)
     design = np.stack([np.ones_like(rings.cos_2), rings.cos_2, rings.sin_2], axis=1)
     mean, cosine, sine = np.linalg.lstsq(design, heights, rcond=None)[0]
     factor = 1.0 + (cosine * rings.cos_2 + sine * rings.sin_2) / max(mean, 1e-6)
-    return np.asarray(np.clip(factor, 0.2, 1.8)[:, None] * profile / profile.max())
+    return np.asarray(np.clip(factor, 0.2, 1.8)[:, None] * (upright * profile / profile.max()))
+
+
+def shrink_profile(product: FloatArray, square: FloatArray, variance: float) -> FloatArray:
+    """Return the smoothed height d·m / m·m by ring, not negative, shrunk where it drowns in the noise."""
+    sigma = max(3.0, 0.06 * len(product))
+    square = gaussian_filter1d(square, sigma, mode="nearest") + 1e-12
+    height = gaussian_filter1d(product, sigma, mode="nearest") / square
+    # what noise alone leaves in a mean under a Gaussian of this width
+    noise = variance / (2.0 * math.sqrt(math.pi) * sigma * square)
+    kept = np.clip(1.0 - 2.0 * noise / (height**2 + 1e-20), 0.02, 1.0)
+    return np.asarray(np.maximum(height, 0.0) * kept)
 
 
 def noise_variance(rings: RingSpectrum, point: FloatArray, envelope: FloatArray) -> float:
