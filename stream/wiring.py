@@ -262,7 +262,7 @@ def run_session(
     has_input_ended: Callable[[], bool] = lambda: True,
     in_process: bool = False,
     on_event: Callable[[Event], None] | None = None,
-    on_step: Callable[[Service], None] | None = None,
+    on_step: Callable[[Controller], None] | None = None,
 ) -> dict[str, Any]:
     """Run a session and return its status document.
 
@@ -280,7 +280,7 @@ def run_session(
                 if until_idle and quiet.has_lasted(service.is_input_quiet and has_input_ended()):
                     service.end_input()
                 if on_step is not None:
-                    on_step(service)
+                    on_step(service.controller)
             if not service.controller.is_finished:
                 service.drain()
             while service.has_stage_in_work:

@@ -11,18 +11,16 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from stream.app import Service
-from stream.control.controller import Controller, Decision
+from stream.control.controller import Controller
+from stream.control.decisions import Decision
 from stream.records.events import (
     DiskSpaceChanged,
     DrainRequested,
     Event,
     ExposureFound,
-    ExposureOverruled,
     ExposurePreprocessed,
     ExposureRanked,
     FileRejected,
-    GainOriented,
     InputEnded,
     RunEnded,
     RunFailed,
@@ -50,8 +48,8 @@ class NewDecisions:
         """Return the decisions since the last call that the controller still remembers."""
         decided = list(controller.decisions)
         if self._n_told is None:
-            self._n_told = controller.n_decided if len(decided) > N_OLD_DECISIONS_TOLD else 0
-        n_new, self._n_told = controller.n_decided - self._n_told, controller.n_decided
+            self._n_told = controller.decisions.n_decided if len(decided) > N_OLD_DECISIONS_TOLD else 0
+        n_new, self._n_told = controller.decisions.n_decided - self._n_told, controller.decisions.n_decided
         return decided[-n_new:] if n_new else []
 
 
@@ -65,9 +63,9 @@ class EventLog:
         """Log one event: its kind, and every plain value of it and of its result."""
         log.info(_WORD_BOUNDARY.sub("_", type(event).__name__).lower(), **_plain_fields(event))
 
-    def follow(self, service: Service) -> None:
+    def follow(self, controller: Controller) -> None:
         """Log decisions that are new since the last call."""
-        for decision in self._decisions.take(service.controller):
+        for decision in self._decisions.take(controller):
             log.info("decided", what=decision.what, why=decision.why)
 
 
@@ -94,7 +92,7 @@ class Narrator:
         self._decisions = NewDecisions()
 
     def tell(self, event: Event) -> None:
-        """Print one event."""
+        """Print one event; what follows from a person's word or the gain's orientation is a decision."""
         match event:
             case SessionOpened():
                 self._say(event.at, "session open")
@@ -130,27 +128,14 @@ class Narrator:
             case DiskSpaceChanged():
                 state = "under the reserve: nothing new starts" if event.is_low else "back above the reserve"
                 self._say(event.at, f"[yellow]disk[/yellow] {event.free_bytes / 2**30:.1f} GiB free, {state}")
-            case GainOriented(orientation=None):
-                self._say(event.at, f"[yellow]gain[/yellow] no orientation stands out: {escape(event.note)}")
-            case GainOriented():
-                self._say(
-                    event.at, f"gain orientation found over {event.n_movies} movies: {escape(event.note)}"
-                )
-            case ExposureOverruled(is_accepted=word):
-                said = {
-                    True: "accepted by hand",
-                    False: "rejected by hand",
-                    None: "judged by the limits again",
-                }
-                self._say(event.at, f"{self._name(event.exposure_id)}: {said[word]} {escape(event.reason)}")
             case InputEnded():
                 self._say(event.at, "no more input")
             case DrainRequested():
                 self._say(event.at, "draining: what is in work ends, nothing new starts")
 
-    def follow(self, service: Service) -> None:
+    def follow(self, controller: Controller) -> None:
         """Print decisions that are new since the last call."""
-        for decision in self._decisions.take(service.controller):
+        for decision in self._decisions.take(controller):
             self._say(decision.at, f"[cyan]decided[/cyan] {decision.what}: {escape(decision.why)}")
 
     def _name(self, exposure_id: str) -> str:

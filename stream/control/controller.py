@@ -10,10 +10,10 @@ from __future__ import annotations
 from array import array
 from collections import Counter, deque
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from stream.control.admission import Load, find_reason_to_wait
 from stream.control.books import ExposureBooks
+from stream.control.decisions import DecisionLog
 from stream.control.exposures import ExposureRecord, ExposureState
 from stream.control.gain import GainSearch, ResidualWatch, describe_orientation
 from stream.control.ladder import RunLadder
@@ -55,15 +55,6 @@ from stream.records.values import (
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Decision:
-    """Something the controller decided, and why."""
-
-    at: float
-    what: str
-    why: str
-
-
 class Controller:
     """One session's state and rules; `handle` is the only way in."""
 
@@ -71,9 +62,8 @@ class Controller:
         self._settings = settings
         self._books = ExposureBooks(settings.score_threshold)
         self.exposures = self._books.records
-        self.decisions: deque[Decision] = deque(maxlen=1000)
-        self.n_decided = 0
-        self._ladder = RunLadder(settings, self._books, self._decide)
+        self.decisions = DecisionLog()
+        self._ladder = RunLadder(settings, self._books, self.decisions)
         self.limits = QualityLimits()
         self.configured_limits = QualityLimits()
         self.request_ids: set[str] = set()
@@ -283,7 +273,7 @@ class Controller:
         record.attempts = 0
         self._settle(record)
         if result.gain_residual is not None and (said := self.gain_residual.take(result.gain_residual)):
-            self._decide(at, "watch the gain reference", said)
+            self.decisions.add(at, "watch the gain reference", said)
 
     def _take_ranked(self, at: float, result: RankResult) -> None:
         record = self._land(result.exposure_id, Stage.RANK)
@@ -401,7 +391,7 @@ class Controller:
             return []
         question = self.gain.ask(self._list_waiting_movies(), is_input_ended=self.is_input_ended)
         if self.gain.is_given_up and not self._is_hold_told:
-            self._decide(at, "hold every movie back", self.gain.hold or "")
+            self.decisions.add(at, "hold every movie back", self.gain.hold or "")
         self._is_hold_told = self.gain.is_given_up
         return [] if question is None else [question]
 
@@ -414,11 +404,13 @@ class Controller:
         if not self.gain.take(event):
             return
         if event.orientation is not None:
-            self._decide(
+            self.decisions.add(
                 event.at, f"use the gain reference {describe_orientation(event.orientation)}", event.note
             )
         elif not self.gain.is_given_up:
-            self._decide(event.at, "ask again with more movies how the gain reference is turned", event.note)
+            self.decisions.add(
+                event.at, "ask again with more movies how the gain reference is turned", event.note
+            )
 
     # --- quality -------------------------------------------------------------------------------------
 
@@ -430,7 +422,7 @@ class Controller:
         self._judge_again(self.exposures.values())
         n_after = self.n_by_state[ExposureState.REJECTED]
         words = f"{event.reason or 'no reason given'}; {n_after} exposures rejected (before: {n_before})"
-        self._decide(event.at, f"set quality limits: {describe_limits(event.limits)}", words)
+        self.decisions.add(event.at, f"set quality limits: {describe_limits(event.limits)}", words)
         self._ladder.request_if_due(event.at)
 
     def _take_overrule(self, event: ExposureOverruled) -> None:
@@ -440,7 +432,7 @@ class Controller:
         record.overruled_as, record.overruled_because = event.is_accepted, event.reason
         self._judge_again([record])
         verbs = {True: "accept {}", False: "reject {}", None: "judge {} by the limits again"}
-        self._decide(
+        self.decisions.add(
             event.at, verbs[event.is_accepted].format(record.name), event.reason or "no reason given"
         )
         self._ladder.request_if_due(event.at)
@@ -465,7 +457,3 @@ class Controller:
         if self._is_everything_ranked:
             self._ladder.request_last_if_due(at)
         return [] if self.is_draining else [*self._ladder.start(at)]
-
-    def _decide(self, at: float, what: str, why: str) -> None:
-        self.decisions.append(Decision(at=at, what=what, why=why))
-        self.n_decided += 1

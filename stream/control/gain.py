@@ -47,7 +47,7 @@ class GainSearch:
         if not self._is_sought or self.orientation is not None:
             return None
         if self.is_given_up:
-            return f"no orientation of the gain reference fits the movies ({self._note}): {REMEDY}"
+            return f"no orientation of the gain reference fits the movies: {REMEDY} ({self._note})"
         return "the orientation of the gain reference is not known yet"
 
     def ask(self, movies: Iterable[Exposure], *, is_input_ended: bool) -> OrientGain | None:

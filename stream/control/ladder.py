@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 from stream.control.books import ExposureBooks
+from stream.control.decisions import DecisionLog
 from stream.control.exposures import ExposureState
 from stream.control.runs import (
     RunRecord,
@@ -26,12 +26,10 @@ from stream.records.values import ExposureId, RunId, RunRequest, RunResult
 class RunLadder:
     """Runs of a session: one in work, at most one queued; what is running is let finish."""
 
-    def __init__(
-        self, settings: ControllerSettings, books: ExposureBooks, decide: Callable[[float, str, str], None]
-    ) -> None:
+    def __init__(self, settings: ControllerSettings, books: ExposureBooks, decisions: DecisionLog) -> None:
         self._settings = settings
         self._books = books
-        self._decide = decide
+        self._decisions = decisions
         self.runs: dict[RunId, RunRecord] = {}
         self.active: StartRun | None = None
         self.queued: RunRequest | None = None
@@ -82,14 +80,14 @@ class RunLadder:
             record.request = request = replace(request, n_particles=n_now)
             if n_now < self._settings.final_run_min_particles:
                 record.state, record.verdict = RunState.SUPERSEDED, "too few particles were left to start it"
-                self._decide(at, f"drop {request.run_id}", f"only {n_now} particles are left")
+                self._decisions.add(at, f"drop {request.run_id}", f"only {n_now} particles are left")
                 return []
         members = self._books.list_members()
         self.active = StartRun(request=request, members=members)
         self._last_members, self._n_lost = frozenset(m.exposure_id for m in members), 0
         record.state = RunState.RUNNING
         start = f"warm start from {request.warm_start}" if request.warm_start else "from nothing"
-        self._decide(at, f"start {request.run_id} {start}", request.reason)
+        self._decisions.add(at, f"start {request.run_id} {start}", request.reason)
         return [self.active]
 
     def take_result(self, at: float, result: RunResult) -> None:
@@ -100,10 +98,10 @@ class RunLadder:
         record, template = self.runs[result.run_id], self.template
         record.state, record.result = RunState.ENDED, result
         record.verdict = describe_verdict(result, self._settings)
-        self._decide(at, f"judge {result.run_id}", record.verdict)
+        self._decisions.add(at, f"judge {result.run_id}", record.verdict)
         if self.template != template:
             rule = f"its map has reached {self._settings.template_min_resolution_angstrom:g} Å"
-            self._decide(at, f"pick new micrographs with templates of {self.template}", rule)
+            self._decisions.add(at, f"pick new micrographs with templates of {self.template}", rule)
 
     def take_failure(self, at: float, run_id: RunId, reason: str) -> None:
         """Take note that the run in work failed; the next rung tries again."""
@@ -112,7 +110,7 @@ class RunLadder:
         self.active = None
         record = self.runs[run_id]
         record.state, record.verdict = RunState.FAILED, f"failed: {reason}"
-        self._decide(at, f"give up {run_id}", reason)
+        self._decisions.add(at, f"give up {run_id}", reason)
 
     def _n_last_requested(self) -> int | None:
         """Return the size of the last set that a run was asked for; a failed run waits for more particles, too."""
@@ -135,7 +133,7 @@ class RunLadder:
         if self.queued is not None:
             older = self.runs[self.queued.run_id]
             older.state, older.verdict = RunState.SUPERSEDED, f"superseded by {run_id} before it started"
-            self._decide(at, f"drop {older.request.run_id}", f"{run_id} has more particles")
+            self._decisions.add(at, f"drop {older.request.run_id}", f"{run_id} has more particles")
         self.queued = request
         self.runs[run_id] = RunRecord(request=request, state=RunState.QUEUED)
-        self._decide(at, f"queue {run_id}", reason)
+        self._decisions.add(at, f"queue {run_id}", reason)

@@ -14,8 +14,8 @@ from story import fit, found, preprocessed, ranked
 from stream.commands.narration import EventLog, Narrator, NewDecisions
 from stream.control.controller import Controller
 from stream.control.settings import ControllerSettings
-from stream.records.events import ExposureOverruled, GainOriented, QualityLimitsChanged
-from stream.records.values import ExposureId, GainOrientation, QualityLimits
+from stream.records.events import ExposureOverruled, QualityLimitsChanged
+from stream.records.values import ExposureId, QualityLimits
 from stream.telemetry.logs import configure_logging
 
 
@@ -63,20 +63,14 @@ def test_a_long_earlier_life_is_not_told_again() -> None:
     assert NewDecisions().take(controller) == []
 
 
-def test_a_person_reads_what_became_of_gain_and_words() -> None:
+def test_a_person_reads_once_what_became_of_a_word_and_its_reason() -> None:
     stream = io.StringIO()
     narrator = Narrator(Console(file=stream, width=200), 0.4)
-    narrator.tell(found("a"))
-    for orientation, note in (
-        (None, "best leads by 0.5 sd"),
-        (GainOrientation(flip_x=True), "leads by 40 sd"),
-    ):
-        narrator.tell(GainOriented(at=1.0, orientation=orientation, contrast=1.0, n_movies=2, note=note))
-    narrator.tell(ExposureOverruled(at=1.0, exposure_id=ExposureId("a"), is_accepted=False, reason="[ice]"))
-    text = stream.getvalue()
-    for words in (
-        "no orientation stands out: best leads by 0.5 sd",
-        "found over 2 movies",
-        "a: rejected by hand [ice]",
-    ):
-        assert words in text
+    controller = Controller(ControllerSettings())
+    word = ExposureOverruled(at=1.0, exposure_id=ExposureId("a"), is_accepted=False, reason="[ice]")
+    for event in (found("a"), word):
+        controller.handle(event)
+        narrator.tell(event)
+    for _ in range(2):
+        narrator.follow(controller)
+    assert stream.getvalue().count("decided reject a: [ice]") == 1
