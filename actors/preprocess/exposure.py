@@ -17,7 +17,7 @@ from actors.preprocess.clock import StageClock
 from actors.preprocess.ctf import measure_ctf
 from actors.preprocess.movie import align_movie
 from actors.preprocess.particles import write_particles
-from actors.preprocess.picking import pick_particles, write_picks
+from actors.preprocess.picking import name_picker, pick_particles, write_picks
 from actors.preprocess.settings import PreprocessSettings
 from models.motion.summing import SummedMovie
 from stream.ingest.movie_reader import read_micrograph
@@ -44,11 +44,13 @@ def preprocess_exposure(
     *,
     gain_orientation: GainOrientation | None = None,
     template_run: RunId | None = None,
+    clock: StageClock | None = None,
 ) -> PreprocessResult:
     """Take a movie or a micrograph from its file to extracted particles; write all files of the exposure.
 
     A `gain_orientation` that was found over the first movies replaces that of the settings; with a
-    `template_run`, projections of that run's map are the picking templates.
+    `template_run`, projections of that run's map are the picking templates. Seconds are those of `clock`: of wall
+    time, unless it is given another.
     """
     if gain_orientation is not None:
         settings = replace(
@@ -58,7 +60,7 @@ def preprocess_exposure(
             gain_rotate_deg=gain_orientation.rotate_deg,
         )
     torch.set_num_threads(settings.n_threads)
-    clock = StageClock()
+    clock = clock or StageClock()
     try:
         return _preprocess(exposure, settings, layout, clock, template_run)
     except ConfigurationError as error:
@@ -90,7 +92,7 @@ def _preprocess(
     with clock.measure("write"):
         write_micrograph(layout.micrograph(name), summed.micrograph.numpy(), pixel)
     measured = measure_ctf(summed.unweighted, pixel, settings, layout, name, clock)
-    picks = pick_particles(summed.micrograph, pixel, settings, measured, layout, template_run, clock)
+    picks = pick_particles(name, summed.micrograph, pixel, settings, measured, layout, template_run, clock)
     with clock.measure("write"):
         write_picks(layout, name, summed.micrograph, pixel, picks, settings)
     n_particles = 0
@@ -113,7 +115,7 @@ def _preprocess(
         seconds=clock.seconds,
         crystalline_ice=measured.crystalline_ice,
         masked_fraction=picks.excluded_fraction,
-        picker="blob" if template_run is None else f"template:{template_run}",
+        picker=name_picker(settings, measured, template_run),
     )
 
 

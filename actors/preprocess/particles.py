@@ -9,8 +9,8 @@ from torch import Tensor
 from actors.preprocess.clock import StageClock
 from actors.preprocess.ctf import CtfMeasurement
 from actors.preprocess.settings import PreprocessSettings
-from models.picking.blob import Picks
 from models.picking.extract import boxes_inside, extract_particles
+from models.picking.maxima import Picks
 from stream.records.particles import derive_particle_uid
 from stream.records.values import Exposure
 from stream.sinks.mrc_images import write_stack

@@ -26,7 +26,7 @@ class PreprocessSettings:
     `dose_e_per_angstrom2` is the movie's total (None: what the microscope's metadata say, else no dose
     weighting). `box_size_px` and `extract_pixel_size_angstrom` speak of the extracted particles; None derives
     a box of 1.5 diameters, rescaled to at most 96 pixels. Defocus is searched between the two limits, in Å.
-    `pick_threshold_sd` is a z-score, `pick_diameter_tolerance` the half width of the picked diameters. `picker` is
+    `pick_threshold_sd` is a calibrated z-score, `pick_diameter_tolerance` the half width of the picked diameters. `picker` is
     "blob", "template-after-map" (blobs until a command names a run) or "topaz", with its program and model.
     The events of an EER are summed into `eer_fractions` frames, or into as many as come nearest to
     `eer_dose_per_fraction_e_per_angstrom2`, on pixels of 1 / `eer_upsampling` the sensor's.
@@ -50,7 +50,7 @@ class PreprocessSettings:
     ctf_search: CtfSearch = field(default_factory=CtfSearch)
     particle_diameter_angstrom: float = 150.0
     pick_diameter_tolerance: float = 0.15
-    pick_threshold_sd: float = 4.5
+    pick_threshold_sd: float = 3.0
     max_picks: int = 2000
     picker: str = "blob"
     topaz_executable: Path | None = None

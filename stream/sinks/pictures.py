@@ -10,11 +10,12 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 
 from stream.store.files import replacing
 
 _PICK_COLOUR = (80, 220, 90)
+_MASK_COLOUR = (255, 70, 60)
 _TEXT_COLOUR = (255, 255, 255)
 _FIT_COLOUR = (255, 90, 60)
 _DATA_COLOUR = (200, 200, 200)
@@ -30,19 +31,31 @@ def write_thumbnail(
     pixel_size_angstrom: float,
     centres_yx_px: NDArray[np.floating],
     diameter_angstrom: float,
+    mask: NDArray[np.bool_] | None = None,
     size_px: int = 1024,
 ) -> None:
-    """Write the micrograph, binned to at most `size_px` a side, with a circle per pick and a scale bar."""
+    """Write the micrograph, binned to at most `size_px` a side, with a circle per pick and a scale bar.
+
+    `mask` is an area of the same field of view on any grid; its outline is drawn.
+    """
     factor = max(1, math.ceil(max(micrograph.shape) / size_px))
     # averaging a few more pixels than the binning shows particles in a low-dose picture
     small = _block_mean(micrograph, factor)
     image = Image.fromarray(_grey(_smooth(small, 2))).convert("RGB")
+    if mask is not None and mask.any():
+        image.paste(_MASK_COLOUR, mask=_outline(mask, image.size))
     draw = ImageDraw.Draw(image)
     radius = 0.5 * diameter_angstrom / pixel_size_angstrom / factor
     for y, x in (np.asarray(centres_yx_px, dtype=np.float64).reshape(-1, 2) + 0.5) / factor:
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), outline=_PICK_COLOUR)
     _draw_scale_bar(draw, image.size, pixel_size_angstrom * factor)
     _save(path, image)
+
+
+def _outline(mask: NDArray[np.bool_], size_xy: tuple[int, int]) -> Image.Image:
+    """Return the inner rim of the mask, two pixels wide, at the picture's size."""
+    area = Image.fromarray(np.where(mask, 255, 0).astype(np.uint8)).resize(size_xy)
+    return ImageChops.subtract(area, area.filter(ImageFilter.MinFilter(5)))
 
 
 def write_ctf_picture(
