@@ -134,17 +134,9 @@ class RunFolder:
 
     def write_poses(self, particles: LoadedParticles, result: RefinementResult) -> None:
         """Write every particle that was used: its address, CTF, half set and pose."""
-        table, rows = particles.table, particles.rows
         euler = matrix_to_euler(result.rotations).numpy()
         origin = (result.shifts_xy_px * particles.data.pixel_size_angstrom).numpy()
-        names = zip(table.stack_indices[rows], table.stack_paths[rows], strict=True)
-        columns: dict[str, Any] = {
-            "rlnImageName": [f"{index + 1:06d}@{path}" for index, path in names],
-            "rlnOpticsGroup": table.optics_groups[rows],
-            "rlnDefocusU": table.defocus_u_angstrom[rows],
-            "rlnDefocusV": table.defocus_v_angstrom[rows],
-            "rlnDefocusAngle": table.astigmatism_angle_deg[rows],
-            "rlnPhaseShift": np.nan_to_num(table.phase_shift_deg[rows]),
+        columns = particle_columns(particles) | {
             "rlnAngleRot": euler[:, 0],
             "rlnAngleTilt": euler[:, 1],
             "rlnAnglePsi": euler[:, 2],
@@ -153,14 +145,7 @@ class RunFolder:
             "rlnRandomSubset": particles.half_set.numpy(),
             "rlnLogLikeliContribution": result.log_likelihood_gain.numpy(),
         }
-        if all(table.micrograph_names[row] is not None for row in rows):
-            columns["rlnMicrographName"] = [str(table.micrograph_names[row]) for row in rows]
-        if np.isfinite(table.coordinate_x_px[rows]).all() and np.isfinite(table.coordinate_y_px[rows]).all():
-            columns["rlnCoordinateX"] = table.coordinate_x_px[rows]
-            columns["rlnCoordinateY"] = table.coordinate_y_px[rows]
-        if table.uids is not None:
-            columns["icestreamUid"] = table.uids[rows]
-        write_particles_star(self.poses, pd.DataFrame(columns), _optics_block(particles))
+        write_particles_star(self.poses, pd.DataFrame(columns), optics_block(particles))
 
     def write_pictures(
         self,
@@ -243,7 +228,30 @@ def measure_orientation(
     return diagnostics
 
 
-def _optics_block(particles: LoadedParticles) -> pd.DataFrame:
+def particle_columns(particles: LoadedParticles) -> dict[str, Any]:
+    """Return address, CTF, place and uid of every image in use, as columns of a STAR file."""
+    table, rows = particles.table, particles.rows
+    names = zip(table.stack_indices[rows], table.stack_paths[rows], strict=True)
+    columns: dict[str, Any] = {
+        "rlnImageName": [f"{index + 1:06d}@{path}" for index, path in names],
+        "rlnOpticsGroup": table.optics_groups[rows],
+        "rlnDefocusU": table.defocus_u_angstrom[rows],
+        "rlnDefocusV": table.defocus_v_angstrom[rows],
+        "rlnDefocusAngle": table.astigmatism_angle_deg[rows],
+        "rlnPhaseShift": np.nan_to_num(table.phase_shift_deg[rows]),
+    }
+    if all(table.micrograph_names[row] is not None for row in rows):
+        columns["rlnMicrographName"] = [str(table.micrograph_names[row]) for row in rows]
+    if np.isfinite(table.coordinate_x_px[rows]).all() and np.isfinite(table.coordinate_y_px[rows]).all():
+        columns["rlnCoordinateX"] = table.coordinate_x_px[rows]
+        columns["rlnCoordinateY"] = table.coordinate_y_px[rows]
+    if table.uids is not None:
+        columns["icestreamUid"] = table.uids[rows]
+    return columns
+
+
+def optics_block(particles: LoadedParticles) -> pd.DataFrame:
+    """Return one row per optics group of the images in use."""
     table, rows = particles.table, particles.rows
     groups, first = np.unique(table.optics_groups[rows], return_index=True)
     own = rows[first]

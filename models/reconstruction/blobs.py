@@ -126,12 +126,7 @@ def simulate_blob_images(
 
 def images_of(data: ParticleData) -> Float[Tensor, "b n n"]:
     """Return the real-space images of coefficients on a half plane (their mean included)."""
-    n, plane = data.box_size_px, data.plane
-    ky, kx = plane.ky.long(), plane.kx.long()
-    full = torch.zeros((len(data), n, n), dtype=torch.complex64)
-    full[:, (-ky) % n, (-kx) % n] = data.coefficients.conj()
-    full[:, ky % n, kx % n] = data.coefficients
-    return torch.fft.fftshift(torch.fft.ifft2(full).real, dim=(-2, -1))
+    return data.plane.images(data.coefficients)
 
 
 def pose_errors_deg(

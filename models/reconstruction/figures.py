@@ -6,6 +6,7 @@ Figures are built without pyplot, so that nothing global is touched and any thre
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,32 @@ def save_orientation_picture(diagnostics: OrientationDiagnostics, path: Path, *,
     else:
         _draw_views(figure, figure.add_subplot(2, 2, 4, projection="mollweide"), diagnostics)
     figure.suptitle("   ".join(part for part in (title, _verdict(diagnostics)) if part), fontsize=11)
+    _save(figure, path)
+
+
+def save_class_montage(
+    images: Float[Tensor, "c n n"],
+    captions: Sequence[str],
+    path: Path,
+    *,
+    n_columns: int = 10,
+    title: str = "",
+) -> None:
+    """Write class averages in rows of ten, each with its caption, grey values per image."""
+    n = len(images)
+    n_columns = min(n_columns, max(1, n))
+    n_rows = math.ceil(n / n_columns)
+    figure = _figure(1.2 * n_columns, 1.42 * n_rows + (0.35 if title else 0.0))
+    grid = figure.subplots(n_rows, n_columns, squeeze=False)
+    for i, axes in enumerate(grid.flat):
+        axes.set_axis_off()
+        if i < n:
+            image = images[i].detach().cpu().numpy()
+            low, high = np.quantile(image, [0.01, 0.998])
+            axes.imshow(image, cmap="gray", vmin=low, vmax=max(high, low + 1e-12), interpolation="bilinear")
+            axes.set_title(captions[i], fontsize=6.5, pad=2)
+    if title:
+        figure.suptitle(title, fontsize=10)
     _save(figure, path)
 
 

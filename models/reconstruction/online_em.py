@@ -28,6 +28,7 @@ from models.reconstruction.projector import (
 from models.reconstruction.scoring import (
     Projections,
     ShiftSearch,
+    add_slice_sums,
     block_size,
     fast_products,
     score_block,
@@ -259,7 +260,7 @@ class OnlineEm:
                 posterior = score_block(matrix, part_weights, projections, search, beta)
                 posterior.sub_(posterior.amax((1, 2), keepdim=True)).exp_()
                 posterior.div_(posterior.sum((1, 2), keepdim=True))
-                _add_slice_sums(sums, weight_sums, posterior, matrix, part_weights)
+                add_slice_sums(sums, weight_sums, posterior, matrix, part_weights)
         k = k2 // 2
         return torch.stack((sums[:, :k], sums[:, k:], weight_sums))
 
@@ -311,31 +312,6 @@ class OnlineEm:
             log_evidence=self.log_evidence(),
             fsc=self.fsc,
         )
-
-
-def _add_slice_sums(
-    sums: Float[Tensor, "j k2"],
-    weight_sums: Float[Tensor, "j k"],
-    posterior: Float[Tensor, "b t j"],
-    matrix: Float[Tensor, "b t k2"],
-    weights: Float[Tensor, "b k"],
-) -> None:
-    """Add Σ p·X and Σ p·w per rotation; by gathering where few rotations hold 99 % of the mass."""
-    per_rotation = posterior.sum(1)
-    mass, index = per_rotation.topk(min(96, per_rotation.shape[1]), dim=1)
-    covered = mass.cumsum(1)
-    enough = covered.mean(0) >= 0.99
-    b, t, _ = posterior.shape
-    if not bool(enough.any()):
-        sums.addmm_(posterior.view(b * t, -1).T, matrix.view(b * t, -1))
-        weight_sums.addmm_(per_rotation.T, weights)
-        return
-    m = int(enough.int().argmax()) + 1
-    index, scale = index[:, :m], 1.0 / covered[:, m - 1].clamp_min(1e-6)
-    chosen = torch.gather(posterior, 2, index[:, None, :].expand(-1, t, -1)) * scale[:, None, None]
-    sums.index_add_(0, index.reshape(-1), torch.bmm(chosen.transpose(1, 2), matrix).view(b * m, -1))
-    shares = chosen.sum(1)
-    weight_sums.index_add_(0, index.reshape(-1), (shares[:, :, None] * weights[:, None, :]).view(b * m, -1))
 
 
 def run_start(

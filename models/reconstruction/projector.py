@@ -70,6 +70,14 @@ class HalfPlane:
         spectrum = torch.fft.rfft2(torch.fft.ifftshift(images, dim=(-2, -1)))
         return spectrum[:, self.ky.long() % self.box_size_px, self.kx.long()]
 
+    def images(self, coefficients: Complex[Tensor, "b k"]) -> Float[Tensor, "b n n"]:
+        """Invert `coefficients`: images that hold nothing beyond the radius."""
+        n, ky, kx = self.box_size_px, self.ky.long(), self.kx.long()
+        full = torch.zeros((len(coefficients), n, n), dtype=torch.complex64)
+        full[:, (-ky) % n, (-kx) % n] = coefficients.conj()
+        full[:, ky % n, kx % n] = coefficients
+        return torch.fft.fftshift(torch.fft.ifft2(full).real, dim=(-2, -1))
+
     def phases(self, shift_xy_px: Float[Tensor, "*b 2"]) -> Complex[Tensor, "*b k"]:
         """Return the factors that move an image's content by (x, y) pixels on multiplication."""
         angle = shift_xy_px[..., :1] * self.kx + shift_xy_px[..., 1:] * self.ky

@@ -97,3 +97,28 @@ def score_block(
 def block_size(n_shifts: int, n_rotations: int) -> int:
     """Return how many images to score at a time."""
     return max(1, MAX_SCORES // (n_shifts * n_rotations))
+
+
+def add_slice_sums(
+    sums: Float[Tensor, "j k2"],
+    weight_sums: Float[Tensor, "j k"],
+    posterior: Float[Tensor, "b t j"],
+    matrix: Float[Tensor, "b t k2"],
+    weights: Float[Tensor, "b k"],
+) -> None:
+    """Add Σ p·X and Σ p·w per rotation; by gathering where few rotations hold 99 % of the mass."""
+    per_rotation = posterior.sum(1)
+    mass, index = per_rotation.topk(min(96, per_rotation.shape[1]), dim=1)
+    covered = mass.cumsum(1)
+    enough = covered.mean(0) >= 0.99
+    b, t, _ = posterior.shape
+    if not bool(enough.any()):
+        sums.addmm_(posterior.view(b * t, -1).T, matrix.view(b * t, -1))
+        weight_sums.addmm_(per_rotation.T, weights)
+        return
+    m = int(enough.int().argmax()) + 1
+    index, scale = index[:, :m], 1.0 / covered[:, m - 1].clamp_min(1e-6)
+    chosen = torch.gather(posterior, 2, index[:, None, :].expand(-1, t, -1)) * scale[:, None, None]
+    sums.index_add_(0, index.reshape(-1), torch.bmm(chosen.transpose(1, 2), matrix).view(b * m, -1))
+    shares = chosen.sum(1)
+    weight_sums.index_add_(0, index.reshape(-1), (shares[:, :, None] * weights[:, None, :]).view(b * m, -1))
