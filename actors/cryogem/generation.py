@@ -154,7 +154,9 @@ def fit_session_noise(stage: PhysicsStage) -> NoiseFit:
         rng = random_stream(0, Purpose.VALIDATION, index)
         physics.append(stage.image(stage.render(stage.draw_specimen(rng)), stage.draw_imaging(rng)))
     real = [levels_to_network_range(levels) for levels in stage.bank.training_micrographs]
-    return fit_noise(physics, real, stage.bank.facts.greys)
+    facts = stage.bank.facts
+    diameter_px = facts.diameter_angstrom / facts.pixel_size_angstrom
+    return fit_noise(physics, real, facts.greys, diameter_px=diameter_px)
 
 
 def _read_controls(config: GenerateConfig, stage: PhysicsStage) -> Controls:

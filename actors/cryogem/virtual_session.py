@@ -46,10 +46,10 @@ class VirtualSessionSettings:
     pixel_size_angstrom: float = 4.0
     structure: str = "phantom:3:mass_kda=600"
     particles_per_micrograph: float = 60.0
-    defocus_um: tuple[float, float] = (1.2, 2.4)
-    detector_noise: float = 1.0
+    defocus_um: tuple[float, float] = (1.5, 2.8)
+    detector_noise: float = 0.7
     row_noise: float = 0.15
-    ice_unevenness: float = 0.12
+    ice_unevenness: float = 0.05
     seed: int = 11
 
 
@@ -138,10 +138,11 @@ def _write_json(path: Path, document: dict[str, float | bool | None] | dict[str,
 
 def main(arguments: list[str] | None = None) -> None:
     """Write a session from the command line."""
+    usual = VirtualSessionSettings()
     parser = argparse.ArgumentParser(prog="python -m actors.cryogem.virtual_session")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--micrographs", type=int, default=VirtualSessionSettings.n_micrographs)
-    parser.add_argument("--seed", type=int, default=VirtualSessionSettings.seed)
+    parser.add_argument("--micrographs", type=int, default=usual.n_micrographs)
+    parser.add_argument("--seed", type=int, default=usual.seed)
     given = parser.parse_args(arguments)
     write_virtual_session(
         given.folder, VirtualSessionSettings(n_micrographs=given.micrographs, seed=given.seed)

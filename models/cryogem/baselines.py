@@ -43,19 +43,28 @@ class NoiseFit:
 
 
 def fit_noise(
-    physics: Sequence[Float[Tensor, "h w"]], real: Sequence[Float[Tensor, "h w"]], greys: GreyStatistics
+    physics: Sequence[Float[Tensor, "h w"]],
+    real: Sequence[Float[Tensor, "h w"]],
+    greys: GreyStatistics,
+    *,
+    diameter_px: float,
 ) -> NoiseFit:
-    """Fit the noise models to real micrographs (networks' range) given noise-free ones of the same session."""
+    """Fit the noise models to real micrographs (networks' range) given noise-free ones of the same session.
+
+    Rings of waves longer than the particle's diameter are left out: ice lies there, not particles.
+    """
     unit = [_standardise(image) for image in physics]
     target = ring_spectrum([_standardise(image) for image in real])
     signal = ring_spectrum(unit)
-    design = np.stack((signal / target, 1.0 / target), axis=1)
-    (a, b), _ = nnls(design, np.ones(len(target)))
+    n = len(target)
+    used = np.arange(1, n + 1) * diameter_px >= 2 * n
+    design = np.stack((signal / target, 1.0 / target), axis=1)[used]
+    a, b = (float(value) for value in nnls(design, np.ones(len(design)))[0])
     total = a + b
     if not total > 0.0:
         raise ValueError(f"real: fitted signal {a}, noise {b}, spectra are positive")
     noise = max(b / total, 1e-3)
-    variance = noise * greys.sd**2
+    variance = max(b, 1e-3) * greys.sd**2
     third = greys.skewness * greys.sd**3
     counts, mixed, share = 20.0, 20.0, _DEFAULT_SHARE
     if greys.mean > 0.0:

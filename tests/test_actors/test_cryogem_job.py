@@ -114,7 +114,7 @@ def test_a_session_fills_in_everything(session):
     levels = bank.micrographs.float()
     assert float(levels.mean()) == pytest.approx(150, abs=1.5)
     defocus = bank.ctfs[:, :2].mean(1)
-    assert bool(((defocus > 11_000) & (defocus < 25_000)).all())
+    assert bool(((defocus > 14_800) & (defocus < 28_200)).all())
 
 
 def test_what_cannot_be_used_is_skipped_and_counted(session, tmp_path):
@@ -387,3 +387,43 @@ def test_the_job_prints_one_document(session, tmp_path):
     assert Path(document["checkpoint"]).is_file()
     assert document["metrics"]["n_steps"] == 4
     assert (tmp_path / "out" / "losses.csv").is_file()
+
+
+def run_command(*arguments: object) -> dict:
+    from typer.testing import CliRunner
+
+    from stream.cli import app
+
+    done = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
+
+
+def test_the_commands_print_their_contract(trained, tmp_path):
+    path = tmp_path / "generate.yaml"
+    path.write_text(yaml.safe_dump({"training": str(trained), "out": "made", "n_micrographs": 1}))
+    made = run_command("generate", path, "--json")
+    assert [Path(p).is_file() for p in made["micrographs"]] == [True]
+    assert Path(made["annotations"]).is_file()
+    judged = run_command("evaluate", "cryogem", trained, "--panel", tmp_path / "panel.png", "--json")
+    assert set(judged["distances"]) == {
+        "real",
+        "physics",
+        "gaussian",
+        "poisson",
+        "poisson_gaussian",
+        trained.name,
+    }
+    assert judged["distances"]["real"]["spectrum"] < judged["distances"]["physics"]["spectrum"]
+    assert Image.open(tmp_path / "panel.png").size == (4 * 128, 128)
+
+
+def test_trainings_of_other_sessions_are_not_compared(trained, session, tmp_path):
+    from actors.cryogem.evaluation import evaluate_trainings
+
+    layout = copied(session, tmp_path)
+    layout.micrograph(load_bank(trained / "bank.safetensors").facts.names[-1]).unlink()
+    other = tmp_path / "other"
+    read_job(write_config(tmp_path, layout.root), None).train(other, Workers(), lambda _point: None)
+    with pytest.raises(InputError, match="hold out the same micrographs"):
+        evaluate_trainings([trained, other])

@@ -88,7 +88,7 @@ def test_ranker_features_tell_structure_from_noise():
 def test_fit_finds_the_signal_to_noise_ratio(ratio):
     signals = [structure(i) for i in range(4)]
     real = [np.sqrt(ratio) * structure(10 + i) + white(20 + i) for i in range(4)]
-    fit = fit_noise(signals, real, measure_greys(real[0]))
+    fit = fit_noise(signals, real, measure_greys(real[0]), diameter_px=60.0)
     assert fit.signal_variance / fit.noise_variance == pytest.approx(ratio, rel=0.15)
     assert fit.signal_variance + fit.noise_variance == pytest.approx(1.0)
 
@@ -100,7 +100,7 @@ def test_poisson_fit_finds_the_dose():
         torch.from_numpy(rng.poisson(12.0 * (1 + 0.05 * s.numpy().clip(-5, 5))).astype(np.float32))
         for s in signals
     ]
-    fit = fit_noise(signals, real, measure_greys(real[0]))
+    fit = fit_noise(signals, real, measure_greys(real[0]), diameter_px=60.0)
     assert fit.counts == pytest.approx(12.0, rel=0.05)
     assert fit.poisson_share > 0.85
 
@@ -112,7 +112,7 @@ def test_mixed_fit_finds_the_share_of_counting_noise():
         torch.from_numpy((rng.poisson(6.0, s.shape) + rng.normal(0, 6.0**0.5, s.shape)).astype(np.float32))
         for s in signals
     ]
-    fit = fit_noise(signals, real, measure_greys(real[0]))
+    fit = fit_noise(signals, real, measure_greys(real[0]), diameter_px=60.0)
     assert fit.poisson_share == pytest.approx(0.5, abs=0.12)
     assert fit.mixed_counts == pytest.approx(6.0, rel=0.25)
 
@@ -121,7 +121,7 @@ def test_mixed_fit_finds_the_share_of_counting_noise():
 def test_baselines_reproduce_the_fitted_spectrum(model):
     signals = [structure(i) for i in range(4)]
     real = [40.0 + 2.0 * (0.5 * structure(10 + i) + white(20 + i)) for i in range(4)]
-    fit = fit_noise(signals, real, measure_greys(real[0]))
+    fit = fit_noise(signals, real, measure_greys(real[0]), diameter_px=60.0)
     rng = np.random.default_rng(1)
     made = [add_noise(s, model, fit, rng) for s in signals]
     assert spectrum_distance([to_network_range(r) for r in real], made) < 0.12
