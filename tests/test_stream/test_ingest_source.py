@@ -1,6 +1,7 @@
 """The source of exposures end to end: real files, real threads, settling by a clock handed in."""
 
 import os
+import re
 import threading
 import time
 from pathlib import Path
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 import tifffile
 
+from stream.config import parse_settings
 from stream.ingest.movie_reader import iterate_frames
+from stream.ingest.movie_writers import write_eer
 from stream.ingest.source import UNREADABLE, ExposureSource, KnownFile, SourceSettings, is_about_settings
 from stream.records.errors import ConfigurationError
 from stream.records.events import ExposureFound, FileRejected
@@ -290,9 +293,46 @@ def test_a_wrong_gain_rejects_the_movie_at_once_with_gain_shapes_and_remedy(tmp_
         f"{gain}: the gain reference has the movie's shape ({root / 'a.tif'}) "
         "(found: gain 32 x 20, movie 20 x 32; it would fit turned by 90 or 270 degrees)"
     )
-    turned = harness(root, gain=gain, gain_rotate_deg=90)
-    turned.run()
-    assert [e.name for e in turned.found] == ["a"]  # and the gain itself is no movie
+    for options in ({"gain_rotate_deg": 90}, {"is_gain_orientation_sought": True}):
+        taken = harness(root, gain=gain, **options)
+        taken.run()
+        assert [e.name for e in taken.found] == ["a"]  # and the gain itself is no movie
+
+
+def test_a_gain_of_the_sensor_passes_for_up_sampled_events_and_one_of_the_wrong_shape_does_not(
+    tmp_path, harness
+):
+    root = tmp_path / "movies"
+    root.mkdir()
+    write_eer(root / "a.eer", (np.random.default_rng(0).random((4, 32, 48)) < 0.1).astype(np.uint8))
+    for shape, n_found in (((32, 48), 1), ((64, 96), 1), ((96, 64), 0)):
+        gain = write_mrc(tmp_path / "reference.mrc", np.ones(shape, np.float32))
+        h = harness(root, gain=gain, eer_upsampling=2)
+        h.run()
+        assert len(h.found) == n_found
+    assert "gain 96 x 64, movie 64 x 96" in h.rejected[0].reason
+
+
+def test_a_saturated_movie_is_rejected_with_the_share_of_its_pixels(tmp_path, harness):
+    root = tmp_path / "movies"
+    root.mkdir()
+    frames = np.random.default_rng(0).poisson(200, (3, 32, 32)).clip(0, 210).astype(np.uint8)
+    frames[-1][frames[-1] > 200] = 255
+    tifffile.imwrite(root / "a.tif", frames, photometric="minisblack")
+    h = harness(root)
+    h.run()
+    assert re.search(r"a\.tif: .*saturated.*frame 3: 4\d\.\d% at 255", h.rejected[0].reason)
+
+
+def test_a_dose_of_zero_in_the_configuration_is_refused_with_the_key():
+    document = {
+        "movies": "m", "out": "o", "microscope": {"voltage_kv": 300, "cs_mm": 2.7},
+        "acquisition": {"pixel_size_angstrom": 1, "dose_e_per_angstrom2": 0},
+    }  # fmt: skip
+    with pytest.raises(
+        ConfigurationError, match=r"acquisition\.dose_e_per_angstrom2.*greater than 0.*found: 0"
+    ):
+        parse_settings(document, item="session.yaml")
 
 
 def test_a_rejection_for_the_settings_sake_is_judged_anew_by_a_restart_that_asks_for_it(tmp_path, harness):
