@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 from scipy.stats import wasserstein_distance
@@ -123,8 +122,3 @@ def ranker_features(batch_size: int = 64) -> Features:
         return ranker.score(patches)[1].astype(np.float64)
 
     return compute
-
-
-def to_images(stack: Tensor) -> list[Tensor]:
-    """Return a stack of micrographs as a list."""
-    return [torch.as_tensor(image) for image in stack]
