@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from actors.preprocess.clock import StageClock
 from actors.preprocess.ctf import measure_ctf
@@ -80,8 +81,10 @@ def _preprocess(
     name = exposure.name
     pixel = settings.micrograph_pixel_size_angstrom
     motion: MotionSummary | None = None
+    gain_residual: float | None = None
     if exposure.kind is InputKind.MOVIE:
-        summed, motion = align_movie(exposure, settings, layout, clock)
+        aligned = align_movie(exposure, settings, layout, clock)
+        summed, motion, gain_residual = aligned.summed, aligned.motion, aligned.gain_residual
     elif exposure.kind is InputKind.MICROGRAPH:
         summed = _read_single(exposure, clock)
         pixel = settings.pixel_size_angstrom
@@ -115,6 +118,7 @@ def _preprocess(
         seconds=clock.seconds,
         crystalline_ice=measured.crystalline_ice,
         masked_fraction=picks.excluded_fraction,
+        gain_residual=gain_residual,
         picker=name_picker(settings, measured, template_run),
     )
 
@@ -125,7 +129,12 @@ def _read_single(exposure: Exposure, clock: StageClock) -> SummedMovie:
     low, high = torch.aminmax(image)
     if float(low) == float(high):
         raise InputError(exposure.file.path, "a micrograph has signal", f"{float(low):g} throughout")
+    image = clip_outliers(image)
+    return SummedMovie(micrograph=image, unweighted=image)
+
+
+def clip_outliers(image: Tensor) -> Tensor:
+    """Return the image with grey values beyond twelve robust SD cut to that."""
     centre = image.median()
     spread = float(1.4826 * (image - centre).abs().median()) or float(image.std())
-    image = image.clamp(float(centre) - _OUTLIER_SD * spread, float(centre) + _OUTLIER_SD * spread)
-    return SummedMovie(micrograph=image, unweighted=image)
+    return image.clamp(float(centre) - _OUTLIER_SD * spread, float(centre) + _OUTLIER_SD * spread)

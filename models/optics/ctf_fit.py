@@ -67,7 +67,8 @@ _TILE_ANGSTROM = 640.0
 class CtfStatus(Enum):
     """`RINGS`: trust the values; `WEAK`: rings are there, their values are uncertain; `NO_RINGS`: no values.
 
-    Weak is a confidence below 0.95, a defocus that is not known to 1 % (or 100 Å), or fewer than three rings.
+    Weak is a confidence below 0.95, a defocus that is not known to 1 % (or 100 Å), an astigmatism that the data leave
+    to its prior, or fewer than three rings.
     """
 
     RINGS = "rings"
@@ -306,6 +307,7 @@ def _describe(
     elif (
         confidence < _CLEAR_CONFIDENCE
         or spreads[0] > max(0.01 * point[0], 100.0)
+        or spreads[1] > max(0.5 * search.astigmatism_scale_angstrom, 0.25 * amplitude)
         or count_rings(wide, point, resolution) < _CLEAR_RINGS
     ):
         status = CtfStatus.WEAK

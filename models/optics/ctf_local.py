@@ -86,11 +86,10 @@ def fit_local_defocus(
     microscope: Microscope,
     fitted: FittedCtf,
     search: CtfSearch | None = None,
-) -> LocalDefocus:
-    """Fit the map of the defocus around a micrograph's fitted CTF.
+) -> LocalDefocus | None:
+    """Fit the map of the defocus around a micrograph's fitted CTF; None without rings or with fewer than nine tiles.
 
-    Flat when there are no rings, fewer than nine tiles, or no significant variation. The spectra are made on
-    the image's device.
+    The map is flat when it does not vary significantly. The spectra are made on the image's device.
     """
     search = search or CtfSearch()
     height, width = (int(n) for n in image.shape)
@@ -110,14 +109,14 @@ def fit_local_defocus(
 
     flat = np.zeros(_PLANE)
     if not fitted.is_reliable or min(height, width) < 2 * tile_px:
-        return result(flat, 0.0, 0, math.inf)
+        return None
     resolutions = (
         search.coarsest_resolution_angstrom,
         max(search.finest_resolution_angstrom, 2.05 * pixel_size_angstrom),
     )
     tiles = _measure_tiles(image, pixel_size_angstrom, microscope, tile_px, resolutions)
     if len(tiles.centres_yx_px) < _MIN_TILES:
-        return result(flat, 0.0, len(tiles.centres_yx_px), math.inf)
+        return None
     y, x = ((tiles.centres_yx_px - centre) / half_side).T
     design = np.stack(_terms(y, x), axis=1)
     table = _OffsetTable.build(tiles, fitted, estimate_envelope(tiles.rings, fitted.point))

@@ -119,6 +119,7 @@ def preprocess(
     Example: icestream preprocess raw/*.tiff --out OUT --pixel-size-angstrom 0.885 --voltage-kv 200
     --cs-mm 1.4 --dose-e-per-angstrom2 30 --particle-diameter-angstrom 180 --gain gain.mrc --gain-orientation auto
     """
+    from actors.preprocess.ctf import describe_fit
     from actors.preprocess.exposure import preprocess_exposure
     from actors.preprocess.settings import PreprocessSettings
     from models.optics.ctf_fit import CtfSearch
@@ -172,7 +173,7 @@ def preprocess(
         return {
             "movie": str(path),
             "total_motion_angstrom": motion,
-            **_describe_fit(fit),
+            **describe_fit(fit),
             "ice_ratio": result.ice_ratio,
             "picks": result.n_picks,
             "particles": result.n_particles,
@@ -227,6 +228,12 @@ def ctf(
     has_phase_shift: Annotated[
         bool, typer.Option("--phase-shift", help="Fit a phase shift (0-175°) as well.")
     ] = False,
+    max_thickness_angstrom: Annotated[
+        float | None,
+        typer.Option(
+            "--max-thickness-angstrom", min=300, help="Look for the node of rings in ice up to this thick."
+        ),
+    ] = None,
     is_power_spectrum: Annotated[
         bool, typer.Option("--power-spectrum", help="The files are centred power spectra, not micrographs.")
     ] = False,
@@ -240,9 +247,11 @@ def ctf(
     """
     import torch
 
-    from actors.preprocess.ctf import judge_ice, make_microscope, to_record, write_ctf_files
+    from actors.preprocess.ctf import describe_fit, judge_ice, make_microscope, to_record, write_ctf_files
+    from actors.preprocess.exposure import clip_outliers
     from models.fourier.spectra import half_from_centred
     from models.optics.ctf_fit import CtfSearch, fit_ctf, fit_ctf_spectrum
+    from models.optics.ctf_local import fit_local_defocus
     from stream.ingest.movie_reader import read_micrograph
     from stream.records.values import Optics
     from stream.store.layout import OutputLayout
@@ -256,24 +265,36 @@ def ctf(
         min_defocus_angstrom=min_defocus_angstrom,
         max_defocus_angstrom=max_defocus_angstrom,
         phase_shift_range_deg=(0.0, 175.0) if has_phase_shift else None,
+        max_thickness_angstrom=max_thickness_angstrom,
     )
     names = _unique_names(micrographs)
 
     def process(path: Path) -> dict[str, Any]:
         image = torch.from_numpy(read_micrograph(path))
+        local = None
         try:
             if is_power_spectrum:
                 _check_spectrum(path, tuple(image.shape))
                 power = half_from_centred(image)
                 fitted = fit_ctf_spectrum(power, pixel, microscope, search)
             else:
+                image = clip_outliers(image)
                 fitted, power = fit_ctf(image, pixel, microscope, search)
+                local = fit_local_defocus(image, pixel, microscope, fitted, search)
         except ValueError as error:
             raise InputError(path, str(error)) from error
         ice_ratio = judge_ice(power, pixel, microscope, fitted)
         if out is not None:
-            write_ctf_files(OutputLayout(out), names[path], power, pixel, microscope, fitted, ice_ratio)
-        return {"movie": str(path), **_describe_fit(to_record(fitted)), "ice_ratio": ice_ratio}
+            write_ctf_files(
+                OutputLayout(out), names[path], power, pixel, microscope, fitted, ice_ratio, local
+            )
+        fit = to_record(fitted, local)
+        return {
+            "movie": str(path),
+            **describe_fit(fit),
+            "ctf_status": fitted.status.value,
+            "ice_ratio": ice_ratio,
+        }
 
     _run(micrographs, process, as_json=as_json)
 
@@ -296,18 +317,6 @@ def _run(paths: Sequence[Path], process: Callable[[Path], dict[str, Any]], *, as
         print_json(documents)
     if n_failed:
         raise typer.Exit(1)
-
-
-def _describe_fit(fit: Any) -> dict[str, Any]:  # noqa: ANN401 - CtfFit, imported lazily
-    return {
-        "defocus_u_angstrom": fit.defocus_u_angstrom,
-        "defocus_v_angstrom": fit.defocus_v_angstrom,
-        "astigmatism_angle_deg": fit.astigmatism_angle_deg,
-        "phase_shift_deg": fit.phase_shift_deg,
-        "ctf_fit_angstrom": fit.fit_resolution_angstrom,
-        "ctf_score": fit.score,
-        "ctf_is_reliable": fit.is_reliable,
-    }
 
 
 def _as_text(document: dict[str, Any]) -> str:

@@ -20,8 +20,11 @@ _TEXT_COLOUR = (255, 255, 255)
 _FIT_COLOUR = (255, 90, 60)
 _DATA_COLOUR = (200, 200, 200)
 _SCALE_BARS_ANGSTROM = (100, 200, 500, 1000, 2000, 5000)
-_PROFILE_HEIGHT_PX = 160
-_PICTURE_PX = 512
+_GRID_COLOUR = (70, 70, 70)
+_ARC_DEG = 3.0
+_PROFILE_HEIGHT_PX = 230
+_PICTURE_PX = 640
+_TICKS_ANGSTROM = (20, 10, 7, 5, 4, 3.5, 3, 2.5, 2.2, 2, 1.8, 1.6, 1.4, 1.2, 1)
 
 
 def write_thumbnail(
@@ -67,20 +70,26 @@ def write_ctf_picture(
     contrast: NDArray[np.floating],
     ctf2: NDArray[np.floating],
     lines: Sequence[str],
-    shown_fraction: float = 1.0,
+    fit_resolution_angstrom: float | None,
+    pixel_size_angstrom: float,
 ) -> None:
     """Write the spectrum (left half) beside the fitted CTF² (right half), and the ring profile below.
 
-    `shown_fraction` of Nyquist is shown, so that rings that end early can be seen.
-
-    `power` and `model` are full, centred images of the same shape, the model in [0, 1]; `contrast` (in
-    local standard deviations) and `ctf2` are the profiles over the frequencies `k` in 1/Å; `lines` of text go into the corner.
+    `power` and `model` are full, centred images of the same shape, the model in [0, 1]; `contrast` (rings from
+    about -1 to 1) and `ctf2` are the profiles over the frequencies `k` in 1/Å; `lines` of text go into the corner.
+    Beyond `fit_resolution_angstrom` (None: no rings) the model is pale; half as far again as that is shown, at
+    least to 6 Å and at most to Nyquist.
     """
     n = _PICTURE_PX
-    data = _zoom(_flatten_radially(np.asarray(power, dtype=np.float64)), shown_fraction)
-    low, high = np.percentile(data, (2.0, 99.5))
-    grey = np.clip((data - low) / max(high - low, 1e-12), 0.0, 1.0)
-    fit = np.clip(_zoom(np.asarray(model, dtype=np.float64), shown_fraction), 0.0, 1.0)
+    reach = fit_resolution_angstrom or 6.0
+    k_max = min(0.5 / pixel_size_angstrom, 1.5 / min(reach, 6.0))
+    fraction = 2.0 * pixel_size_angstrom * k_max
+    data = _average_arcs(_zoom(_flatten_radially(np.asarray(power, dtype=np.float64)), fraction))
+    grey = np.clip(0.5 + 0.25 * data, 0.0, 1.0)
+    fit = np.clip(_zoom(np.asarray(model, dtype=np.float64), fraction), 0.0, 1.0)
+    y, x = np.indices((n, n)) - n // 2
+    is_beyond = np.hypot(y, x) > (0.5 * n / k_max / reach if fit_resolution_angstrom else 0.0)
+    fit = np.where(is_beyond, 0.4 + 0.2 * fit, fit)
     grey[:, n // 2 :] = fit[:, n // 2 :]
     canvas = np.zeros((n + _PROFILE_HEIGHT_PX, n), dtype=np.uint8)
     canvas[:n] = (255 * grey).astype(np.uint8)
@@ -88,50 +97,104 @@ def write_ctf_picture(
     draw = ImageDraw.Draw(image)
     for i, line in enumerate(lines):
         _label(draw, (6, 4 + 16 * i), line)
-    top = n + 4
-    shown = np.asarray(k) <= shown_fraction * float(k[-1])
-    k, contrast, ctf2 = np.asarray(k)[shown], np.asarray(contrast)[shown], np.asarray(ctf2)[shown]
-    height = _PROFILE_HEIGHT_PX - 20
-    _draw_profile(draw, np.asarray(ctf2, dtype=np.float64), (0.0, 1.0), top, height, n, _FIT_COLOUR)
-    values = np.asarray(contrast, dtype=np.float64)
-    limits = (-2.0, 2.0)
-    _draw_profile(draw, values, limits, top, height, n, _DATA_COLOUR)
-    for fraction in (0.25, 0.5, 0.75, 1.0):
-        frequency = float(k[0]) + fraction * float(k[-1] - k[0])
-        position = fraction * (n - 1)
-        _label(draw, (position - 36, top + height), f"{1.0 / frequency:.1f} Å")
+    _label(draw, (6, n - 18), f"data, means over {2 * _ARC_DEG:.0f}° of arc")
+    _label(draw, (n - 6, n - 18), "fit", anchor="ra")
+    if fit_resolution_angstrom is not None:
+        radius = 0.5 * n / k_max / fit_resolution_angstrom
+        box = (n / 2 - radius, n / 2 - radius, n / 2 + radius, n / 2 + radius)
+        draw.arc(box, -90, 90, fill=_FIT_COLOUR)
+    shown = np.asarray(k) <= k_max
+    _draw_ring_profile(
+        draw,
+        np.asarray(k, dtype=np.float64)[shown],
+        [
+            (2.0 * np.asarray(ctf2, dtype=np.float64)[shown] - 1.0, _FIT_COLOUR, "fit"),
+            (np.asarray(contrast, dtype=np.float64)[shown], _DATA_COLOUR, "data"),
+        ],
+        k_max,
+        fit_resolution_angstrom,
+    )
     _save(path, image)
 
 
-def _draw_profile(
+def _draw_ring_profile(
     draw: ImageDraw.ImageDraw,
-    values: NDArray[np.float64],
-    limits: tuple[float, float],
-    top: int,
-    height: int,
-    width: int,
-    colour: tuple[int, int, int],
+    k: NDArray[np.float64],
+    curves: Sequence[tuple[NDArray[np.float64], tuple[int, int, int], str]],
+    k_max: float,
+    fit_resolution_angstrom: float | None,
 ) -> None:
-    scaled = np.clip((values - limits[0]) / max(limits[1] - limits[0], 1e-12), 0.0, 1.0)
-    x = np.linspace(0, width - 1, len(values))
-    points = [(float(a), float(top + height * (1.0 - b))) for a, b in zip(x, scaled, strict=True)]
-    draw.line(points, fill=colour)
+    """Draw curves in [-1.5, 1.5] over frequency, with axes, ticks and a legend."""
+    left, right, top, bottom = 44, _PICTURE_PX - 12, _PICTURE_PX + 26, _PICTURE_PX + _PROFILE_HEIGHT_PX - 38
+    limit = 1.5
+
+    def place(frequency: float, value: float) -> tuple[float, float]:
+        height = (limit - max(-limit, min(limit, value))) / (2.0 * limit)
+        return left + (right - left) * frequency / k_max, top + (bottom - top) * height
+
+    for value in (-1, 0, 1):
+        _, y = place(0.0, value)
+        draw.line(((left, y), (right, y)), fill=_GRID_COLOUR)
+        _label(draw, (left - 6, y), f"{value:d}", anchor="rm")
+    last = -math.inf
+    for resolution in _TICKS_ANGSTROM:
+        x, _ = place(1.0 / resolution, 0.0)
+        if x > right or x < last + 34:
+            continue
+        last = x
+        draw.line(((x, bottom), (x, bottom + 4)), fill=_TEXT_COLOUR)
+        _label(draw, (x, bottom + 6), f"{resolution:g}", anchor="ma")
+    if fit_resolution_angstrom is not None:
+        x, _ = place(1.0 / fit_resolution_angstrom, 0.0)
+        for y in range(top, bottom, 8):
+            draw.line(((x, y), (x, y + 4)), fill=_FIT_COLOUR)
+    for values, colour, _ in curves:
+        points = [place(float(f), float(v)) for f, v in zip(k, values, strict=True)]
+        draw.line(points, fill=colour, width=2 if colour == _FIT_COLOUR else 1)
+    draw.rectangle((left, top, right, bottom), outline=_TEXT_COLOUR)
+    _label(draw, (left, top - 18), "ring contrast, over its local height")
+    _label(draw, (0.5 * (left + right), bottom + 21), "resolution (Å)", anchor="ma")
+    x = float(right)
+    for _, colour, name in curves:
+        _label(draw, (x, top - 18), name, anchor="ra", colour=colour)
+        x -= 36.0
 
 
 def _flatten_radially(power: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the logarithm less its ring mean, smoothed over rings: the falling background would hide rings."""
+    """Return the logarithm less its smooth ring mean: the falling background would hide the rings."""
     n = power.shape[0]
     y, x = np.indices(power.shape)
     radius = np.hypot(y - n // 2, x - n // 2).round().astype(np.int64)
     log_power = np.log(np.maximum(power, 1e-6 * float(np.median(power)) + 1e-30))
     mean = np.bincount(radius.ravel(), log_power.ravel()) / np.maximum(np.bincount(radius.ravel()), 1)
     # wider than a ring near the centre, narrower than the background's curvature
-    width = max(5, n // 16)
+    flat = log_power - _smooth_profile(mean, max(5, n // 16))[radius]
+    return _smooth(flat.astype(np.float32), 3).astype(np.float64)
+
+
+def _average_arcs(flat: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the means over short arcs, over their ring-wise spread: far out, single pixels show only noise."""
+    picture = Image.fromarray(flat.astype(np.float32))
+    # the middle pixel is where the frequency is zero
+    middle = (flat.shape[1] / 2.0, flat.shape[0] / 2.0)
+    angles = np.linspace(-_ARC_DEG, _ARC_DEG, 13)
+    turned = [picture.rotate(a, resample=Image.Resampling.BILINEAR, center=middle) for a in angles]
+    mean = np.mean([np.asarray(t, dtype=np.float64) for t in turned], axis=0)
+    y, x = np.indices(mean.shape)
+    radius = np.hypot(y - middle[1], x - middle[0]).astype(np.int64)
+    counts = np.maximum(np.bincount(radius.ravel()), 1)
+    variance = _smooth_profile(np.bincount(radius.ravel(), (mean**2).ravel()) / counts, len(counts) // 10)
+    return np.asarray(mean / np.sqrt(np.maximum(variance, 1e-12))[radius])
+
+
+def _smooth_profile(profile: NDArray[np.float64], width: int) -> NDArray[np.float64]:
     kernel = np.hanning(width + 2)[1:-1]
     kernel /= kernel.sum()
-    padded = np.pad(mean, (width // 2, width - 1 - width // 2), mode="edge")
-    flat = log_power - np.convolve(padded, kernel, mode="valid")[radius]
-    return _smooth(flat.astype(np.float32), 3).astype(np.float64)
+    # the zero frequency and its neighbours are no background
+    kept = profile.copy()
+    kept[:3] = profile[3]
+    padded = np.pad(kept, (width // 2, width - 1 - width // 2), mode="edge")
+    return np.asarray(np.convolve(padded, kernel, mode="valid"), dtype=np.float64)
 
 
 def _block_mean(image: NDArray[np.float32], factor: int) -> NDArray[np.float32]:
@@ -172,10 +235,16 @@ def _draw_scale_bar(draw: ImageDraw.ImageDraw, size_xy: tuple[int, int], pixel_s
     _label(draw, (left, bottom - 18), label)
 
 
-def _label(draw: ImageDraw.ImageDraw, xy: tuple[float, float], text: str) -> None:
-    """Write text that can be read on any background."""
-    font = _font()
-    draw.text(xy, text, font=font, fill=_TEXT_COLOUR, stroke_width=1, stroke_fill=(0, 0, 0))
+def _label(
+    draw: ImageDraw.ImageDraw,
+    xy: tuple[float, float],
+    text: str,
+    *,
+    anchor: str = "la",
+    colour: tuple[int, int, int] = (255, 255, 255),
+) -> None:
+    """Write text that can be read on any background; `anchor` is Pillow's."""
+    draw.text(xy, text, font=_font(), fill=colour, stroke_width=1, stroke_fill=(0, 0, 0), anchor=anchor)
 
 
 @cache
