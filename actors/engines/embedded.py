@@ -38,6 +38,7 @@ from models.reconstruction.fsc import masked_fsc
 from models.reconstruction.halfmaps import combine_halves
 from models.reconstruction.incremental import IncrementalState
 from models.reconstruction.initial_model import InitialModel, find_initial_model
+from models.reconstruction.local_resolution import local_resolution
 from models.reconstruction.masks import mask_from_map
 from models.reconstruction.online_em import EmProgress, OnlineEmSettings
 from models.reconstruction.pose_schedule import RefinementSettings
@@ -337,6 +338,11 @@ def _finish(
     )
     folder.write_pictures(combined.volume, curves, diagnostics, pixel_size)
     clock.lap("orientation")
+    local = None
+    if curves.resolution_angstrom is not None:
+        found = local_resolution(result.half1, result.half2, mask, pixel_size)
+        local = folder.write_local_resolution(found, combined.volume, pixel_size)
+    clock.lap("local_resolution")
     growth = None if state is None else measure_growth(state, mask, folder.growth_picture)
     clock.lap("growth")
     if curves.resolution_angstrom is None:
@@ -356,6 +362,7 @@ def _finish(
         notes=tuple(notes),
         seconds=clock.seconds,
         growth=growth,
+        local_resolution=local,
     )
     return folder.write_summary(summary)
 

@@ -18,8 +18,14 @@ from torch import Tensor
 from actors.engines.base import STATE_NAME, EngineOutput, EngineSettings
 from actors.engines.particle_images import LoadedParticles
 from models.fourier.rotations import matrix_to_euler
-from models.reconstruction.figures import save_fsc_picture, save_map_picture, save_orientation_picture
+from models.reconstruction.figures import (
+    save_fsc_picture,
+    save_local_resolution_picture,
+    save_map_picture,
+    save_orientation_picture,
+)
 from models.reconstruction.fsc import FscCurves
+from models.reconstruction.local_resolution import LocalResolution
 from models.reconstruction.orientation import OrientationDiagnostics, orientation_diagnostics
 from models.reconstruction.orientation_page import write_orientation_page
 from models.reconstruction.refinement import RefinementResult
@@ -44,6 +50,7 @@ class RunSummary:
     notes: tuple[str, ...]
     seconds: Mapping[str, float]
     growth: Mapping[str, Any] | None = None
+    local_resolution: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +171,15 @@ class RunFolder:
         with replacing(self.path / "orientation.html") as temporary:
             write_orientation_page(diagnostics, temporary, resolution_angstrom=curves.resolution_angstrom)
 
+    def write_local_resolution(
+        self, local: LocalResolution, volume: Tensor, pixel_size_angstrom: float
+    ) -> Mapping[str, float]:
+        """Write locres.mrc (Å) and locres.png; return the quantiles over the mask."""
+        self.write_maps({"locres": local.volume}, pixel_size_angstrom)
+        with replacing(self.path / "locres.png") as temporary:
+            save_local_resolution_picture(volume, local, temporary)
+        return local.quantiles()
+
     def write_summary(self, summary: RunSummary) -> EngineOutput:
         """Write summary.json and return the record of the engine interface."""
         output = EngineOutput(
@@ -196,6 +212,7 @@ class RunFolder:
             "n_particles": output.n_particles,
             "n_excluded": output.n_excluded,
             "b_factor_angstrom2": summary.b_factor_angstrom2,
+            "local_resolution_angstrom": summary.local_resolution,
             "growth": summary.growth,
             "note": output.note,
             "seconds": output.seconds,

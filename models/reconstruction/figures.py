@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ from torch import Tensor
 from models.reconstruction.cones import healpix_pixel
 from models.reconstruction.fsc import GOLD_STANDARD_THRESHOLD, FscCurves
 from models.reconstruction.grids import healpix_directions
+from models.reconstruction.local_resolution import LocalResolution
 from models.reconstruction.orientation import OrientationDiagnostics
 from models.reconstruction.unions import GrowthCurve
 
@@ -128,6 +130,44 @@ def save_class_montage(
             axes.set_title(captions[i], fontsize=6.5, pad=2)
     if title:
         figure.suptitle(title, fontsize=10)
+    _save(figure, path)
+
+
+def save_local_resolution_picture(
+    volume: Float[Tensor, "n n n"], local: LocalResolution, path: Path, *, title: str = ""
+) -> None:
+    """Write the three central slices coloured by local resolution, density as brightness, and the histogram."""
+    array, values = volume.detach().cpu().numpy(), local.volume.numpy()
+    is_inside = local.is_inside.numpy()
+    middle = array.shape[0] // 2
+    low, high = (float(q) for q in np.quantile(values[is_inside], [0.02, 0.98]))
+    high = max(high, low + 0.1)
+    colours = colormaps["turbo"]
+    dark, bright = (float(q) for q in np.quantile(array[is_inside], [0.02, 0.995]))
+    figure = _figure(12.0, 3.6)
+    for column, name in enumerate(("xy", "xz", "yz")):
+        at = tuple(middle if axis == column else slice(None) for axis in range(3))
+        colour = colours(np.clip((values[at] - low) / (high - low), 0.0, 1.0))[..., :3]
+        light = np.clip((array[at] - dark) / max(bright - dark, 1e-12), 0.0, 1.0)[..., None]
+        grey = np.repeat(0.6 * light, 3, axis=2)
+        picture = np.where(is_inside[at][..., None], (0.25 + 0.75 * light) * colour, grey)
+        axes = figure.add_subplot(1, 4, column + 1)
+        axes.imshow(picture, origin="lower", interpolation="nearest")
+        axes.set_axis_off()
+        axes.set_title(f"{name} slice through the middle", fontsize=9)
+    axes = figure.add_subplot(1, 4, 4)
+    counts, edges = np.histogram(values[is_inside], bins=40, range=(low, high))
+    centres = 0.5 * (edges[1:] + edges[:-1])
+    bars = colours((centres - low) / (high - low))
+    axes.bar(centres, counts / is_inside.sum(), width=edges[1] - edges[0], color=bars)
+    axes.set_xlabel("local resolution / Å", fontsize=9)
+    axes.set_ylabel("share of the mask", fontsize=9)
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    median = local.quantiles()["median"]
+    axes.set_title(f"median {median:.1f} Å (local FSC {local.threshold:g})", fontsize=9)
+    if title:
+        figure.suptitle(title, fontsize=11)
     _save(figure, path)
 
 
