@@ -7,6 +7,7 @@ from models.cryo_ief.preprocess import (
     hartley_crop,
     normalise_grey_levels,
     preprocess_particles,
+    replace_outliers,
     to_grey_levels,
 )
 
@@ -111,3 +112,42 @@ def test_normalising_does_not_write_into_its_argument():
     grey = np.full((1, 4, 4), 128, np.uint8)
     normalise_grey_levels(grey, 0.5, 0.1)
     assert (grey == 128).all()
+
+
+def noisy_with_defects():
+    images = np.random.default_rng(3).normal(size=(4, 32, 32)).astype(np.float32)
+    images[0, 3, 4] = 500.0
+    images[1, 5, 6] = np.nan
+    images[2, 7, 8] = -np.inf
+    return images
+
+
+def test_guard_replaces_hot_and_missing_pixels_by_the_median_and_nothing_else():
+    images = noisy_with_defects()
+    out = replace_outliers(images, 10.0)
+    changed = np.argwhere(out != images)
+    assert changed.tolist() == [[0, 3, 4], [1, 5, 6], [2, 7, 8]]
+    assert out[1, 5, 6] == np.median(np.delete(images[1].ravel(), 5 * 32 + 6))
+    assert np.isfinite(out).all()
+    assert np.isnan(images[1, 5, 6])
+
+
+def test_guard_keeps_contrast_that_one_hot_pixel_would_take():
+    images = noisy_with_defects()
+    bare, guarded = to_grey_levels(images, 32), to_grey_levels(images, 32, outlier_sigmas=10.0)
+    assert np.median(np.abs(bare[0].astype(int) - np.median(bare[0]))) < 3
+    assert bare[1].max() == 0
+    for grey in guarded[:3]:
+        assert np.median(np.abs(grey.astype(int) - np.median(grey))) > 20
+    np.testing.assert_array_equal(bare[3], guarded[3])
+
+
+def test_guard_leaves_what_it_cannot_judge():
+    images = np.stack([np.full((8, 8), np.nan), np.full((8, 8), 3.0)]).astype(np.float32)
+    images[1, 0, 0] = 900.0  # all others are equal: no deviation to measure by
+    np.testing.assert_array_equal(replace_outliers(images, 5.0), images)
+
+
+def test_guard_needs_a_positive_bound():
+    with pytest.raises(ValueError, match=r"outlier_sigmas: 0\.0"):
+        replace_outliers(np.zeros((1, 4, 4), np.float32), 0.0)
