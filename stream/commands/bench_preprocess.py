@@ -48,6 +48,7 @@ class Measurement:
     cpu_s: float
     peak_bytes: int
     n_picks: int
+    gain_residual: float | None
 
 
 def run_preprocess_benchmark(
@@ -65,6 +66,7 @@ def run_preprocess_benchmark(
         if shutil.which(RELION):
             relion = _run_relion(folder / f"relion{len(used)}", movie, gain, n_frames, used)
         figures.append(_figure(ours, relion, float32_bytes))
+    figures.append(_orientation_figure(folder, movie, gain, n_frames, figures[0]["value"]))
     formats = ("tiff", "mrc", "mrc-float", "eer")
     return figures + [_memory_figure(folder, name, n_frames, shape_yx, n_eer_frames) for name in formats]
 
@@ -194,6 +196,7 @@ def _measure_preprocess(folder: Path, movie: Path, gain: Path, core: int) -> Mea
         cpu_s=time.process_time() - cpu,
         peak_bytes=_peak_bytes(),
         n_picks=result.n_picks,
+        gain_residual=result.gain_residual,
     )
 
 
@@ -253,6 +256,7 @@ def _figure(ours: _Run, relion: _Relion | None, float32_bytes: int) -> dict[str,
         "peak_memory_ratio": peak_bytes / float32_bytes,
         "peak_memory_bytes": peak_bytes,
         "picks": ours.workers[0].n_picks,
+        "gain_residual": ours.workers[0].gain_residual,
         **{f"{stage}_cpu_s": ours.mean_cpu_s(stage) for stage in STAGES},
         # disk and memory bandwidth taken as no limit
         **{f"predicted_movies_per_h_{cores}_cores": 3600.0 * cores / cpu_s for cores in PREDICTED_CORES},
@@ -267,6 +271,51 @@ def _figure(ours: _Run, relion: _Relion | None, float32_bytes: int) -> dict[str,
             "relion_peak_memory_ratio": relion.peak_bytes / float32_bytes,
         }
     return figure
+
+
+def _orientation_figure(
+    folder: Path, movie: Path, gain: Path, n_frames: int, movie_cpu_s: float
+) -> dict[str, Any]:
+    """Find how a reference lies that was turned upside down and left to right."""
+    import mrcfile
+
+    from stream.ingest.movie_writers import write_gain_reference
+
+    turned = folder / "turned.mrc"
+    write_gain_reference(turned, np.ascontiguousarray(mrcfile.read(gain)[::-1, ::-1]))
+    with _fresh_process() as process:
+        found = process.submit(_measure_orientation, movie, turned).result()
+    if found["found"] != "180, False, False":
+        raise RuntimeError(f"gain reference: {found}, it lies turned by 180 degrees")
+    return {
+        "name": "gain orientation",
+        "value": found["cpu_s"],
+        "unit": "CPU s for one movie",
+        "baseline": f"preprocessing one movie: {movie_cpu_s:.1f} CPU s",
+        "ratio": found["cpu_s"] / movie_cpu_s,
+        "contrast_standard_errors": found["contrast"],
+        "peak_memory_ratio": found["peak_bytes"] / (n_frames * turned.stat().st_size),
+    }
+
+
+def _measure_orientation(movie: Path, gain: Path) -> dict[str, Any]:
+    from actors.preprocess.gain import orient_session_gain
+    from stream.ingest.validation import ExpectedAcquisition, validate_image_file
+    from stream.records.values import InputKind
+
+    exposure = validate_image_file(
+        movie, movie.name, InputKind.MOVIE, expected=ExpectedAcquisition(), gain=None
+    )
+    settings = _settings(gain)
+    started = time.process_time()
+    oriented = orient_session_gain([exposure], settings)
+    way = oriented.orientation
+    return {
+        "cpu_s": time.process_time() - started,
+        "contrast": oriented.contrast,
+        "found": oriented.note if way is None else f"{way.rotate_deg}, {way.flip_x}, {way.flip_y}",
+        "peak_bytes": _peak_bytes(),
+    }
 
 
 def _memory_figure(
