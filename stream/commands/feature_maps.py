@@ -91,7 +91,7 @@ def write_html(path: Path, maps: Sequence[FeatureMap], method: str) -> None:
     data = [
         {
             "title": each.title,
-            "points": np.round(_scaled(each.points), 4).tolist(),
+            "points": np.round(_scaled(each.points).astype(np.float64), 4).tolist(),
             "classes": {name: _coded(values) for name, values in each.classes.items()},
         }
         for each in maps
