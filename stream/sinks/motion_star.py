@@ -23,6 +23,7 @@ class MotionTable:
     """What a motion file says; `local_coefficients` is `(yx, space, time)`, None = whole-frame motion alone.
 
     `patch_shifts_px` is `(patch, frame, yx)` and belongs to `patch_centres_yx_px`; hot pixels are `(n, yx)`.
+    `eer_grouping` is the number of raw frames in a frame of an EER, None for other movies.
     """
 
     movie_name: str
@@ -38,6 +39,8 @@ class MotionTable:
     patch_centres_yx_px: NDArray[np.floating] | None = None
     patch_shifts_px: NDArray[np.floating] | None = None
     hot_pixels_yx: NDArray[np.integer] | None = None
+    eer_grouping: int | None = None
+    eer_upsampling: int = 1
 
 
 def write_motion_star(path: Path, table: MotionTable) -> None:
@@ -59,6 +62,8 @@ def write_motion_star(path: Path, table: MotionTable) -> None:
         general["rlnMicrographGainName"] = table.gain_name
     if table.dose_per_frame_e_per_angstrom2 is not None:
         general["rlnMicrographDoseRate"] = table.dose_per_frame_e_per_angstrom2
+    if table.eer_grouping is not None:
+        general |= {"rlnEERGrouping": table.eer_grouping, "rlnEERUpsampling": table.eer_upsampling}
     shifts = pd.DataFrame(
         {
             "rlnMicrographFrameNumber": np.arange(1, n_frames + 1),
