@@ -199,10 +199,10 @@ def _judge(layout: OutputLayout, path: Path, source: SourceConfig) -> tuple[str,
         ctf.get(k)
         for k in ("defocus_u_angstrom", "defocus_v_angstrom", "astigmatism_angle_deg", "phase_shift_deg")
     ]
-    if not ctf.get("is_reliable") or any(v is None for v in values):
+    if not ctf.get("ctf_is_reliable") or any(v is None for v in values):
         return "unreliable CTF", None
     limit = source.max_ctf_fit_angstrom
-    if limit is not None and float(ctf.get("fit_resolution_angstrom") or np.inf) > limit:
+    if limit is not None and float(ctf.get("ctf_fit_angstrom") or np.inf) > limit:
         return "CTF rings end too early", None
     if not picks_path.is_file():
         return "no picks", None

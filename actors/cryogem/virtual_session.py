@@ -18,12 +18,13 @@ import torch
 import yaml
 from scipy import ndimage
 
+from actors.preprocess.ctf import describe_fit
 from models.fourier.filters import low_pass_filter
 from models.reconstruction.volume_io import write_volume
 from models.simulation.exposure import ExposureTruth, VirtualMicroscope
 from models.simulation.session import specimen_volume
 from models.simulation.settings import MicroscopeSettings, SessionSettings, SpecimenSettings
-from stream.records.values import RunId
+from stream.records.values import CtfFit, RunId
 from stream.sinks.mrc_images import write_micrograph
 from stream.sinks.relion_star import write_picks_star
 from stream.store.files import replacing
@@ -118,17 +119,17 @@ def add_detector_noise(
 
 
 def _ctf_document(truth: ExposureTruth, pixel_size_angstrom: float) -> dict[str, float | bool | None]:
-    return {
-        "defocus_u_angstrom": truth.ctf.defocus_u_angstrom,
-        "defocus_v_angstrom": truth.ctf.defocus_v_angstrom,
-        "astigmatism_angle_deg": truth.ctf.astigmatism_angle_deg,
-        "phase_shift_deg": truth.ctf.phase_shift_deg,
-        "fit_resolution_angstrom": 2.0 * pixel_size_angstrom,
-        "score": 1.0,
-        "is_reliable": True,
-        "ice_ratio": None,
-        "pixel_size_angstrom": pixel_size_angstrom,
-    }
+    """Return what the service would write of a perfect fit."""
+    fit = CtfFit(
+        defocus_u_angstrom=truth.ctf.defocus_u_angstrom,
+        defocus_v_angstrom=truth.ctf.defocus_v_angstrom,
+        astigmatism_angle_deg=truth.ctf.astigmatism_angle_deg,
+        phase_shift_deg=truth.ctf.phase_shift_deg,
+        fit_resolution_angstrom=2.0 * pixel_size_angstrom,
+        score=1.0,
+        is_reliable=True,
+    )
+    return {**describe_fit(fit), "pixel_size_angstrom": pixel_size_angstrom}
 
 
 def _write_json(path: Path, document: dict[str, float | bool | None] | dict[str, object]) -> None:

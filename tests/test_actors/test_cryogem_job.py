@@ -138,7 +138,7 @@ def test_what_cannot_be_used_is_skipped_and_counted(session, tmp_path):
     layout.ctf_values("noctf").unlink()
     write_picks_star(layout.picks("nopicks"), np.empty((0, 2)), np.empty(0))
     values = json.loads(layout.ctf_values("norings").read_text())
-    layout.ctf_values("norings").write_text(json.dumps({**values, "is_reliable": False}))
+    layout.ctf_values("norings").write_text(json.dumps({**values, "ctf_is_reliable": False}))
     bank = read_session_bank(source(layout))
     assert sorted(bank.facts.names) == names
     assert bank.facts.skipped == {
