@@ -71,7 +71,7 @@ def _find_lines(image: NDArray[np.float32]) -> NDArray[np.bool_]:
 class DefectFiller:
     """Fills defects with the value of one random good pixel near by: noise and mean stay as they are.
 
-    The choice is drawn once (from the generator), so that a movie read twice gives the same frames.
+    The choice is drawn once (from the generator), so that frames are the same each time they are read.
     """
 
     def __init__(self, mask: Bool[Tensor, "y x"], generator: np.random.Generator) -> None:
@@ -81,13 +81,12 @@ class DefectFiller:
         self._targets = torch.from_numpy(np.flatnonzero(bad))
         self._sources = torch.from_numpy(_choose_sources(bad, generator))
 
-    def fill(self, frame: Float[Tensor, "y x"]) -> Float[Tensor, "y x"]:
-        """Return the frame with its defects filled."""
-        if not len(self._targets):
-            return frame
-        flat = frame.flatten().clone()
-        flat[self._targets] = flat[self._sources]
-        return flat.reshape(frame.shape)
+    def fill_(self, frame: Float[Tensor, "y x"]) -> Float[Tensor, "y x"]:
+        """Fill the defects of a (contiguous) frame in place, and return it."""
+        if len(self._targets):
+            flat = frame.view(-1)
+            flat[self._targets] = flat[self._sources]
+        return frame
 
     @property
     def targets(self) -> Int[Tensor, "n"]:

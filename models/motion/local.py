@@ -1,10 +1,10 @@
-"""Local (beam-induced) motion: patches of the globally aligned movie and a smooth polynomial in x, y, t.
+"""Motion of the whole frame and within it: all patches together, smooth in space and time.
 
-The model is MotionCor2's, as RELION stores it: 18 coefficients per axis, {1, x, x², y, y², xy} × {t, t², t³}.
-Instead of fitting one noisy peak per patch and frame, the 36 coefficients maximise the *sum* of all patch
-correlations along the modelled trajectories, which is the least-squares solution for white noise and needs
-no rejection of outliers. The model is accepted when it, fitted on one half of the patches (a chess board),
-raises the correlation of the other half; otherwise the movie keeps its whole-frame motion.
+A trajectory is the sum of six modes over the field, orthonormal combinations of RELION's {1, x, x², y, y², xy};
+each has one amplitude per frame and axis. All amplitudes are found together, as the posterior mean of
+`models.motion.prior` under the likelihood of `models.motion.likelihood`, by Fisher scoring: the spectra stay
+where they are, and each round measures the likelihood's slope at the shifts so far. The first rounds are damped
+by a large B-factor, so that motion of several pixels is within the peaks.
 """
 
 from __future__ import annotations
@@ -12,49 +12,55 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
 
 from models.fourier.transforms import shift_phases
-from models.motion.align import (
-    AlignmentSettings,
-    CroppedMovie,
-    correlation_weights,
-    correlation_window,
-    sum_shifted,
-)
+from models.motion.align import AlignmentSettings, CroppedMovie, align_whole_frames
+from models.motion.dose import critical_exposure
+from models.motion.likelihood import PatchLikelihood, Slope, make_rings
+from models.motion.prior import MotionPosterior, MotionPrior, Posterior, time_kernel
 
 _N_SPACE, _N_TIME = 6, 3
-# Offsets of the correlation windows, in cropped pixels: motion left after the global alignment is below 15 Å.
-_WINDOW_STEP_PX = 0.5
-# A patch is that much wider than its share of the field, so that no particle lies on every patch's rim.
+# A patch is that much wider than its share of the field; the rims are tapered.
 _PATCH_OVERLAP = 1.25
-# Half width of the correlation windows: local motion beyond it is not physical.
-_REACH_ANGSTROM = 15.0
-# Prior spread of each of the 36 degrees of freedom, as the rms over the field and the frames: local motion
-# in real movies is 1-3 Å in all (shared out over some ten terms that matter).
-_PRIOR_ANGSTROM = 0.25
-# A held-out rise below this fraction, or below that many of its standard errors, is not worth a warp.
-_MIN_GAIN = 0.002
-_MIN_SIGNIFICANCE = 1.5
+# Quadratic modes move less than linear ones: 0.2 against 0.65 Å rms in EMPIAR-10204 (RELION's fits).
+_MODE_SCALE = (1.0, 1.0, 0.4, 1.0, 0.4, 0.4)
+# Windows fall off over so many (cropped) pixels at the edge of the field, where content has been wrapped around.
+_EDGE_RIM_PX = 8.0
+_B_FACTORS_ANGSTROM2 = (1500.0, 300.0)
+# Exposure per frame that is assumed where none is known: it only sets how fast the motion may settle.
+_TYPICAL_EXPOSURE = 1.0
+_MIN_PATCHES = 9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalMotion:
-    """A polynomial model of local motion, to be added to the whole-frame shifts.
+    """Local motion, to be added to the whole-frame shifts; its mean over the field is zero.
 
-    `coefficients` is `(yx, space, time)` for u = x / width − 0.5, v = y / height − 0.5 and t = frame index
-    from zero, in movie pixels; `gain_held_out` is the relative rise of the correlation of patches that the
-    model was not fitted on; `residual_rms_px` compares it with the patches' own (noisy) peaks.
+    `amplitudes` are the factors of {1, u, u², v, v², uv} for u = x / width − 0.5 and v = y / height − 0.5 in each
+    frame, in movie pixels, zero in the first frame. `patch_shifts_px` are the field's values at the patches'
+    centres, `prior_angstrom` the amplitude that the movie itself spoke for.
     """
 
-    coefficients: Float[Tensor, "2 6 3"]
+    amplitudes: Float[Tensor, "2 6 frame"]
     patch_centres_yx_px: Float[Tensor, "patch 2"]
     patch_shifts_px: Float[Tensor, "patch frame 2"]
-    residual_rms_px: float
-    gain_held_out: float
+    prior_angstrom: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MovieMotion:
+    """Trajectories of a movie: corrections (y, x) in movie pixels relative to the first frame.
+
+    `uncertainty_px` is the posterior's own rms error of a trajectory per axis, about each place's mean shift.
+    `local` is None where none was asked for or none could be shown.
+    """
+
+    shifts_px: Float[Tensor, "frame 2"]
+    local: LocalMotion | None
+    uncertainty_px: float
 
 
 def spatial_basis(v: Float[Tensor, "*p"], u: Float[Tensor, "*p"]) -> Float[Tensor, "*p 6"]:
@@ -62,182 +68,227 @@ def spatial_basis(v: Float[Tensor, "*p"], u: Float[Tensor, "*p"]) -> Float[Tenso
     return torch.stack([torch.ones_like(u), u, u.square(), v, v.square(), u * v], dim=-1)
 
 
-def time_basis(t: Float[Tensor, "*t"]) -> Float[Tensor, "*t 3"]:
-    """Return {t, t², t³}."""
-    return torch.stack([t, t.square(), t.pow(3)], dim=-1)
-
-
 def evaluate_local_motion(
-    coefficients: Float[Tensor, "2 6 3"], v: Float[Tensor, "*p"], u: Float[Tensor, "*p"], frame: float
+    local: LocalMotion, v: Float[Tensor, "*p"], u: Float[Tensor, "*p"], frame: int
 ) -> Float[Tensor, "*p 2"]:
     """Return the local correction (y, x) in movie pixels at positions (v, u) in [−0.5, 0.5] for one frame."""
-    at_time = coefficients @ time_basis(torch.tensor(float(frame)))
-    return spatial_basis(v, u) @ at_time.T
+    return spatial_basis(v, u) @ local.amplitudes[:, :, frame].T
 
 
-def estimate_local_motion(
+def fit_polynomial(local: LocalMotion) -> Float[Tensor, "2 6 3"]:
+    """Return RELION's 18 coefficients per axis, {1, x, x², y, y², xy} × {t, t², t³}, t the frame's index from zero.
+
+    The least-squares fit to `local.amplitudes`: a cubic cannot follow motion that settles within a few frames.
+    """
+    n = int(local.amplitudes.shape[-1])
+    t = torch.arange(n, dtype=torch.float64, device=local.amplitudes.device) / max(1, n - 1)
+    powers = torch.stack([t, t.square(), t.pow(3)], dim=-1)
+    values = local.amplitudes.to(torch.float64).flatten(0, 1).T
+    # the pseudo-inverse also serves movies of fewer than four frames
+    coefficients = (torch.linalg.pinv(powers) @ values).T.reshape(2, _N_SPACE, _N_TIME)
+    scale = torch.tensor([float(max(1, n - 1)) ** -(p + 1) for p in range(_N_TIME)], dtype=torch.float64)
+    return (coefficients * scale.to(coefficients.device)).to(torch.float32)
+
+
+def estimate_motion(
     movie: CroppedMovie,
-    global_shifts_px: Float[Tensor, "frame 2"],
     settings: AlignmentSettings,
     *,
-    patch_angstrom: float = 300.0,
-    n_rounds: int = 3,
-) -> LocalMotion | None:
-    """Return the local motion that is left after the global shifts, or None when none can be shown.
+    exposures_e_per_angstrom2: Float[Tensor, "frame"] | None = None,
+    voltage_kv: float = 300.0,
+    has_local: bool = True,
+) -> MovieMotion:
+    """Return the motion of a movie: whole frames first, then all patches together.
 
-    `patch_angstrom` is the target width of a patch; the grid has 4 to 8 patches along an axis.
+    `exposures_e_per_angstrom2` (at the end of each frame) says how much high resolution late frames have left.
+    Movies whose field holds fewer than nine patches have whole-frame motion alone.
     """
-    n_frames = len(movie.spectra)
-    if n_frames < 5:
-        return None
-    patches = _Patches(movie, global_shifts_px, settings, patch_angstrom)
-    if patches.n < 9:
-        return None
-    coefficients = torch.zeros(2, _N_SPACE, _N_TIME)
-    windows = torch.zeros(0)
-    unmoved = patches.correlate(coefficients)
-    gain = _held_out_gain(patches, unmoved)
-    if gain is None:
-        return None
-    for round_index in range(n_rounds):
-        windows = unmoved if round_index == 0 else patches.correlate(coefficients)
-        coefficients = patches.fit(windows, coefficients, torch.arange(patches.n))
-    peaks = patches.peaks(windows)
-    model = patches.evaluate(coefficients)
-    scale = torch.tensor(movie.scale_yx)
-    times = torch.tensor([float(n_frames - 1) ** -(p + 1) for p in range(_N_TIME)])
-    residual = (peaks - model) * scale
-    return LocalMotion(
-        coefficients=coefficients * scale[:, None, None] * times,
-        patch_centres_yx_px=patches.centres * torch.tensor(movie.movie_yx, dtype=torch.float32),
-        patch_shifts_px=peaks * scale,
-        residual_rms_px=float(residual.square().mean().sqrt()),
-        gain_held_out=gain,
+    shifts = align_whole_frames(movie, settings)
+    n_frames = len(shifts)
+    if n_frames == 1:
+        return MovieMotion(shifts_px=shifts, local=None, uncertainty_px=0.0)
+    patches = _Layout(movie, settings, has_local=has_local)
+    spectra = patches.cut(movie, shifts)
+    rings = make_rings(
+        patches.shape_yx,
+        movie.cropped_pixel_yx_angstrom,
+        high_pass_angstrom=settings.high_pass_angstrom,
+        device=spectra.device,
     )
+    damage = torch.ones(n_frames, len(rings.frequency), device=spectra.device)
+    doses = _TYPICAL_EXPOSURE * torch.arange(1.0, n_frames + 1.0, device=spectra.device)
+    if exposures_e_per_angstrom2 is not None:
+        doses = exposures_e_per_angstrom2.to(spectra.device)
+        damage = torch.exp(-0.5 * doses[:, None] / critical_exposure(rings.frequency, voltage_kv))
+    likelihood = PatchLikelihood(spectra, patches.shape_yx, rings, damage, share=patches.share)
+    posterior = _maximise(likelihood, patches, shifts / shifts.new_tensor(movie.scale_yx), doses, settings)
+    return _as_motion(movie, patches, posterior)
 
 
-class _Patches:
-    """Spectra of the patches of one movie, `(patch, frame, h, wr)` cropped pixels, one patch at a time."""
+def _maximise(
+    likelihood: PatchLikelihood,
+    patches: _Layout,
+    applied_px: Float[Tensor, "frame 2"],
+    doses: Float[Tensor, "frame"],
+    settings: AlignmentSettings,
+) -> Posterior:
+    """Climb from the shifts `applied_px` (cropped pixels), which the patches' spectra have had already."""
+    modes = patches.modes
+    solver = MotionPosterior(time_kernel(doses), _MODE_SCALE[: modes.shape[1]], patches.pixel_size_angstrom)
+    current = torch.zeros(2, modes.shape[1], likelihood.n_frames, dtype=torch.float64, device=modes.device)
+    current[:, 0] = (applied_px - applied_px.mean(dim=0)).T
+    applied = current.clone()
+    prior: MotionPrior | None = None
+    signal = likelihood.measure(
+        torch.zeros(likelihood.n_patches, likelihood.n_frames, 2, device=modes.device)
+    )
+    iteration = 0
+    while True:
+        is_damped = iteration < len(_B_FACTORS_ANGSTROM2)
+        b_factor = _B_FACTORS_ANGSTROM2[iteration] if is_damped else 0.0
+        field = torch.einsum("pm,amf->pfa", modes, current - applied)
+        slope = likelihood.slope(field.to(torch.float32), signal, b_factor / patches.pixel_size_angstrom**2)
+        posterior = solver.solve(*_normal_equations(slope, modes, current), prior)
+        moved = torch.einsum("pm,amf->pfa", modes, posterior.mean - current)
+        # a shift that all frames of a patch share is neither seen nor of any consequence
+        change = float((moved - moved.mean(dim=1, keepdim=True)).square().mean().sqrt())
+        # the first undamped round still has the signal of the damped one before it
+        is_settled = iteration > len(_B_FACTORS_ANGSTROM2) and change < settings.tolerance_px
+        if is_settled or iteration + 1 >= settings.max_iterations:
+            return posterior
+        signal, prior, current = slope.signal, posterior.prior, posterior.mean
+        iteration += 1
 
-    def __init__(
-        self,
-        movie: CroppedMovie,
-        shifts_px: Float[Tensor, "frame 2"],
-        settings: AlignmentSettings,
-        patch_angstrom: float,
-    ) -> None:
-        pixel = movie.pixel_size_angstrom * math.sqrt(movie.scale_yx[0] * movie.scale_yx[1])
+
+def _normal_equations(
+    slope: Slope, modes: Float[Tensor, "patch mode"], current: Float[Tensor, "2 mode frame"]
+) -> tuple[Float[Tensor, "2 mf mf"], Float[Tensor, "2 mf"]]:
+    n = modes.shape[1] * slope.gradient.shape[1]
+    information = torch.einsum("pm,apfg,pn->amfng", modes, slope.information.to(torch.float64), modes)
+    information = information.reshape(2, n, n)
+    gradient = torch.einsum("pm,pfa->amf", modes, slope.gradient.to(torch.float64)).reshape(2, n)
+    return information, (information @ current.reshape(2, n, 1))[..., 0] + gradient
+
+
+def _as_motion(movie: CroppedMovie, patches: _Layout, posterior: Posterior) -> MovieMotion:
+    amplitudes = (posterior.mean - posterior.mean[:, :, :1]).to(torch.float32)
+    amplitudes = amplitudes * amplitudes.new_tensor(movie.scale_yx)[:, None, None]
+    shifts = amplitudes[:, 0].T
+    uncertainty = _uncertainty(posterior, patches.modes) * math.sqrt(movie.scale_yx[0] * movie.scale_yx[1])
+    local = None
+    if posterior.prior.local_angstrom > 0:
+        # the orthonormal modes as combinations of {1, u, u², v, v², uv}
+        amplitudes = torch.einsum("sm,amf->asf", _mode_matrix(shifts.device)[:, 1:], amplitudes[:, 1:])
+        field = torch.einsum(
+            "ps,asf->pfa", spatial_basis(patches.centres[:, 0], patches.centres[:, 1]), amplitudes
+        )
+        local = LocalMotion(
+            amplitudes=amplitudes,
+            patch_centres_yx_px=(patches.centres + 0.5) * shifts.new_tensor(movie.movie_yx),
+            patch_shifts_px=field,
+            prior_angstrom=posterior.prior.local_angstrom,
+        )
+    return MovieMotion(shifts_px=shifts, local=local, uncertainty_px=uncertainty)
+
+
+def _uncertainty(posterior: Posterior, modes: Float[Tensor, "patch mode"]) -> float:
+    """Return the rms over patches and frames of the posterior SD, less each patch's mean over the frames."""
+    n_modes, n_frames = posterior.mean.shape[1:]
+    covariance = posterior.covariance.reshape(2, n_modes, n_frames, n_modes, n_frames)
+    per_patch = torch.einsum("pm,amfng,pn->apfg", modes, covariance, modes)
+    variance = per_patch.diagonal(dim1=-2, dim2=-1).mean(dim=-1) - per_patch.mean(dim=(-2, -1))
+    return float(variance.clamp(min=0.0).mean().sqrt())
+
+
+def _mode_matrix(device: torch.device) -> Float[Tensor, "6 6"]:
+    """Return the orthonormal modes over the unit square (columns) as factors of {1, u, u², v, v², uv}."""
+    a, b = math.sqrt(12.0), math.sqrt(180.0)
+    columns = [
+        [1.0, 0.0, 0.0, 0.0, 0.0, 0.0],
+        [0.0, a, 0.0, 0.0, 0.0, 0.0],
+        [-b / 12.0, 0.0, b, 0.0, 0.0, 0.0],
+        [0.0, 0.0, 0.0, a, 0.0, 0.0],
+        [-b / 12.0, 0.0, 0.0, 0.0, b, 0.0],
+        [0.0, 0.0, 0.0, 0.0, 0.0, 12.0],
+    ]
+    return torch.tensor(columns, device=device).T
+
+
+class _Layout:
+    """Where the patches lie: a grid of tapered, overlapping windows, or the whole field as one."""
+
+    def __init__(self, movie: CroppedMovie, settings: AlignmentSettings, *, has_local: bool) -> None:
+        pixel = movie.cropped_pixel_yx_angstrom
+        self.pixel_size_angstrom = math.sqrt(pixel[0] * pixel[1])
         inner = [movie.movie_yx[a] / movie.scale_yx[a] for a in (0, 1)]
-        grid = [min(8, max(4, round(n * pixel / patch_angstrom))) for n in inner]
+        grid = _grid(movie, settings) if has_local else (1, 1)
+        self.is_whole = grid[0] * grid[1] < _MIN_PATCHES
+        device = movie.spectra.device
+        if self.is_whole:
+            self.shape_yx = movie.cropped_yx
+            self.share = 1.0
+            self.centres = torch.zeros(1, 2, device=device)
+            self.modes = torch.ones(1, 1, dtype=torch.float64, device=device)
+            return
         sizes = [2 * int(min(n, n / g * _PATCH_OVERLAP) // 2) for n, g in zip(inner, grid, strict=True)]
-        self._shape = (sizes[0], sizes[1])
+        self.shape_yx = (sizes[0], sizes[1])
         starts = [
-            np.linspace(0, n - size, g).round().astype(int)
+            [round(i * (n - size) / (g - 1)) for i in range(g)]
             for n, size, g in zip(inner, sizes, grid, strict=True)
         ]
-        self._corners = [(int(y), int(x)) for y in starts[0] for x in starts[1]]
-        self.is_white = torch.tensor([(i + j) % 2 == 0 for i in range(grid[0]) for j in range(grid[1])])
-        centres = [((y + sizes[0] / 2) / inner[0], (x + sizes[1] / 2) / inner[1]) for y, x in self._corners]
-        self.centres = torch.tensor(centres, dtype=torch.float32)
-        self.n = len(self._corners)
-        self.n_frames = len(movie.spectra)
-        self._prior_px = _PRIOR_ANGSTROM / pixel
-        radius = max(3, math.ceil(_REACH_ANGSTROM / pixel))
-        self._offsets = torch.arange(-radius, radius + _WINDOW_STEP_PX / 2, _WINDOW_STEP_PX)
-        weights = correlation_weights(self._shape, pixel, settings)
-        self._spectra = self._cut(movie, shifts_px, weights.sqrt())
-        self._space = spatial_basis(self.centres[:, 0] - 0.5, self.centres[:, 1] - 0.5)
-        self._time = time_basis(torch.linspace(0.0, 1.0, self.n_frames))
+        tapers = [
+            [_taper(size, is_first=i == 0, is_last=i == g - 1, device=device) for i in range(g)]
+            for size, g in zip(sizes, grid, strict=True)
+        ]
+        self._corners = [(y, x) for y in starts[0] for x in starts[1]]
+        self._windows = torch.stack([y[:, None] * x[None, :] for y in tapers[0] for x in tapers[1]])
+        self.share = min(1.0, inner[0] * inner[1] / float(self._windows.square().sum()))
+        middles = [
+            [(start + _centroid(taper)) / n - 0.5 for start, taper in zip(*pair, strict=True)]
+            for n, *pair in zip(inner, starts, tapers, strict=True)
+        ]
+        self.centres = torch.tensor([(y, x) for y in middles[0] for x in middles[1]], device=device)
+        basis = spatial_basis(self.centres[:, 0], self.centres[:, 1]).to(torch.float64)
+        self.modes = basis @ _mode_matrix(device).to(torch.float64)
 
-    def _cut(
-        self, movie: CroppedMovie, shifts_px: Tensor, filters: Float[Tensor, "h wr"]
+    def cut(
+        self, movie: CroppedMovie, shifts_px: Float[Tensor, "frame 2"]
     ) -> Complex[Tensor, "patch frame h wr"]:
-        h, w = self._shape
-        window = torch.hann_window(h + 2)[1:-1, None].sqrt() * torch.hann_window(w + 2)[None, 1:-1].sqrt()
-        scale = torch.tensor(movie.scale_yx)
-        spectra = torch.empty((self.n, self.n_frames, h, w // 2 + 1), dtype=torch.complex64)
-        for frame in range(self.n_frames):
-            phases = shift_phases(movie.cropped_yx, shifts_px[frame] / scale)
-            aligned = torch.fft.irfft2(movie.spectra[frame] * phases, s=movie.cropped_yx)
+        """Return the spectra of all patches of all frames, whole-frame shifts applied."""
+        shifts = shifts_px / shifts_px.new_tensor(movie.scale_yx)
+        h, w = self.shape_yx
+        if self.is_whole:
+            return (movie.spectra * shift_phases(self.shape_yx, shifts))[None]
+        spectra = torch.empty(
+            (len(self._corners), len(shifts), h, w // 2 + 1),
+            dtype=torch.complex64,
+            device=movie.spectra.device,
+        )
+        for f, spectrum in enumerate(movie.spectra):
+            phases = shift_phases(movie.cropped_yx, shifts[f])
+            aligned = torch.fft.irfft2(spectrum * phases, s=movie.cropped_yx)
             cuts = torch.stack([aligned[y : y + h, x : x + w] for y, x in self._corners])
-            spectra[:, frame] = torch.fft.rfft2(cuts * window) * filters
+            spectra[:, f] = torch.fft.rfft2(cuts * self._windows)
         return spectra
 
-    def evaluate(self, coefficients: Float[Tensor, "2 6 3"]) -> Float[Tensor, "patch frame 2"]:
-        return torch.einsum("ps,ast,ft->pfa", self._space, coefficients, self._time)
 
-    def correlate(self, coefficients: Float[Tensor, "2 6 3"]) -> Float[Tensor, "patch frame s s"]:
-        """Correlate each frame with the sum of the others, shifted by the model, in units of its noise."""
-        model = self.evaluate(coefficients)
-        n = len(self._offsets)
-        windows = torch.empty(self.n, self.n_frames, n, n)
-        for p, spectra in enumerate(self._spectra):
-            total = sum_shifted(spectra, self._shape, model[p])
-            own = spectra * shift_phases(self._shape, model[p])
-            cross = (total - own) * spectra.conj()
-            noise = cross.abs().square().sum(dim=(-2, -1)).mean().sqrt()
-            windows[p] = correlation_window(cross, self._shape, self._offsets) / noise.clamp(min=1e-20)
-        return windows
-
-    def score(self, windows: Tensor, shifts: Float[Tensor, "patch frame 2"]) -> Float[Tensor, "patch"]:
-        """Return each patch's correlation, summed over its frames, along given trajectories."""
-        radius = float(self._offsets[-1])
-        grid = torch.stack([shifts[..., 1], shifts[..., 0]], dim=-1) / radius
-        flat = windows.flatten(0, 1)[:, None]
-        values = torch.nn.functional.grid_sample(
-            flat, grid.flatten(0, 1)[:, None, None], mode="bicubic", padding_mode="border", align_corners=True
-        )
-        return values.reshape(shifts.shape[:2]).sum(dim=1)
-
-    def fit(self, windows: Tensor, start: Float[Tensor, "2 6 3"], used: Tensor) -> Float[Tensor, "2 6 3"]:
-        """Maximise the correlation of the patches `used` over the coefficients, from `start`."""
-        coefficients = start.clone().requires_grad_()
-        optimiser = torch.optim.LBFGS([coefficients], max_iter=40, line_search_fn="strong_wolfe")
-
-        # the log-likelihood of white noise is the correlation (in units of its noise) times the signal's
-        # strength, which is what a frame correlates with the others by on the average
-        strength = (self.score(windows[used], self.evaluate(start)[used]) / self.n_frames).clamp(min=0.0)
-        strength = strength / _PATCH_OVERLAP**2
-
-        def closure() -> Tensor:
-            optimiser.zero_grad()
-            field = self.evaluate(coefficients)
-            prior = 0.5 * field.square().sum(dim=-1).mean() / self._prior_px**2
-            loss = prior - (strength * self.score(windows[used], field[used])).sum()
-            loss.backward()
-            return loss
-
-        optimiser.step(closure)
-        return coefficients.detach()
-
-    def peaks(self, windows: Float[Tensor, "patch frame s s"]) -> Float[Tensor, "patch frame 2"]:
-        """Return each patch's own trajectory, correlations averaged over neighbouring frames."""
-        kernel = torch.tensor([0.25, 0.75, 1.0, 0.75, 0.25])
-        padded = torch.nn.functional.pad(windows.permute(0, 2, 3, 1).flatten(0, 2)[:, None], (2, 2))
-        smooth = torch.nn.functional.conv1d(padded, kernel[None, None])[:, 0]
-        n = len(self._offsets)
-        smooth = smooth.reshape(self.n, n, n, self.n_frames).permute(0, 3, 1, 2)
-        best = smooth.flatten(2).argmax(dim=2)
-        peaks = torch.stack([self._offsets[best // n], self._offsets[best % n]], dim=-1)
-        return peaks - peaks[:, :1]
+def _grid(movie: CroppedMovie, settings: AlignmentSettings) -> tuple[int, int]:
+    y, x = (
+        min(8, max(3, round(n * movie.pixel_size_angstrom / settings.patch_angstrom))) for n in movie.movie_yx
+    )
+    return y, x
 
 
-def _held_out_gain(patches: _Patches, windows: Tensor) -> float | None:
-    """Return the relative rise of the correlation on patches that a fit has not seen, None if it may be chance.
+def _taper(n: int, *, is_first: bool, is_last: bool, device: torch.device) -> Float[Tensor, "n"]:
+    """Return a window that rises over what neighbours share, as the root of a raised cosine; briefly at the field's edge."""
+    rim = max(1.0, n * (1.0 - 1.0 / _PATCH_OVERLAP))
+    position = torch.arange(n, device=device) + 0.5
+    rise = position / (_EDGE_RIM_PX if is_first else rim)
+    fall = (n - position) / (_EDGE_RIM_PX if is_last else rim)
+    return torch.sin(0.5 * math.pi * torch.minimum(rise, fall).clamp(max=1.0))
 
-    The windows are those of the unmoved patches: a reference that a model has been fitted to would favour
-    that model. The rise must exceed one and a half times its standard error over the patches.
-    """
-    zero = torch.zeros(2, _N_SPACE, _N_TIME)
-    still = patches.score(windows, patches.evaluate(zero))
-    moved = torch.empty_like(still)
-    for colour in (True, False):
-        seen = torch.nonzero(patches.is_white == colour)[:, 0]
-        unseen = torch.nonzero(patches.is_white != colour)[:, 0]
-        model = patches.fit(windows, zero, seen)
-        moved[unseen] = patches.score(windows[unseen], patches.evaluate(model)[unseen])
-    rise = moved - still
-    error = float(rise.std()) / math.sqrt(patches.n)
-    gain = float(rise.sum()) / max(abs(float(still.sum())), 1e-20)
-    is_significant = float(rise.mean()) > _MIN_SIGNIFICANCE * max(error, 1e-20)
-    return gain if is_significant and gain > _MIN_GAIN else None
+
+def _centroid(window: Float[Tensor, "n"]) -> float:
+    """Return where the window's power has its middle, in pixels from its start."""
+    weights = window.square()
+    return float((weights * (torch.arange(len(window), device=window.device) + 0.5)).sum() / weights.sum())

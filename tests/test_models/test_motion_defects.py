@@ -66,7 +66,7 @@ def test_filled_rows_have_the_mean_and_the_noise_of_the_rest():
     dead = torch.zeros(SHAPE, dtype=torch.bool)
     dead[50:52] = True
     frame[dead] = 0
-    filled = DefectFiller(dead, np.random.default_rng(0)).fill(frame)
+    filled = DefectFiller(dead, np.random.default_rng(0)).fill_(frame.clone())
     around = torch.cat([frame[40:50], frame[52:62]])
     assert float(filled[50:52].mean()) == pytest.approx(float(around.mean()), rel=0.03)
     assert float(filled[50:52].std()) == pytest.approx(float(around.std()), rel=0.15)

@@ -10,6 +10,7 @@ from models.motion.defects import DefectFiller, find_hot_pixels
 from models.motion.dose import accumulated_exposures
 from models.motion.local import LocalMotion
 from models.motion.summing import padded_shape, sum_frames
+from models.motion.tiles import TileGrid, mirrored
 
 
 def smooth_image(n=64, seed=0):
@@ -34,7 +35,30 @@ def test_frames_that_moved_add_up_to_the_image_in_place():
     spectrum = torch.fft.rfft2(image)
     frames = [torch.fft.irfft2(spectrum * shift_phases((64, 64), m), s=(64, 64)) for m in moves]
     summed = plain(frames, -moves).micrograph
-    assert torch.allclose(summed, 3 * image, atol=1e-4)
+    inside = slice(8, -8)
+    assert torch.allclose(summed[inside, inside], 3 * image[inside, inside], atol=0.02)
+
+
+def test_nothing_of_the_far_side_shows_at_the_edge():
+    image = smooth_image()
+    image[:, -6:] = 50.0
+    moved = plain([image, image], torch.tensor([[0.0, 0.0], [0.0, 4.3]])).micrograph
+    # content moves right by 4 px: what is missing on the left is mirrored, the bright rim on the right stays there
+    assert float(moved[:, :40].abs().max()) < 5.0
+    assert float(moved[:, -2:].mean()) > 80.0
+
+
+def test_tiles_make_up_the_image_they_were_cut_from():
+    image = torch.randn(150, 211, generator=torch.Generator().manual_seed(8))
+    for core in (50, 300):
+        grid = TileGrid((150, 211), core, image.device)
+        same = grid.blend(torch.stack(list(grid.move(image, torch.zeros(len(grid.centres), 2)))))
+        assert torch.allclose(same, image, atol=1e-4)
+
+
+def test_mirroring_continues_an_image_however_far():
+    line = torch.tensor([[1.0, 2.0, 3.0]])
+    assert mirrored(line, 0, 4).tolist() == [[3, 3, 2, 1, 1, 2, 3, 3, 2, 1, 1]]
 
 
 def test_dose_weighting_keeps_noise_power_and_mean():
@@ -77,22 +101,37 @@ def test_padded_lengths_are_good_and_divide_by_the_binning():
             assert (size / binning) % 2 == pytest.approx(0.0, abs=1e-6)
 
 
-def test_a_local_model_moves_content_by_its_field():
-    n = 128
+def test_local_motion_is_undone_everywhere_in_the_coordinates_of_the_first_frame():
+    n, n_frames = 384, 4
     image = smooth_image(n)
-    coefficients = torch.zeros(2, 6, 3)
-    coefficients[0, 0, 0] = 1.5  # every frame: 1.5 px further down than the one before
+    amplitudes = torch.zeros(2, 6, n_frames)
+    amplitudes[0, 1] = torch.tensor([0.0, 2.0, 3.0, 4.0])  # a shear: down on the right, up on the left
+    amplitudes[1, 3] = torch.tensor([0.0, -1.0, -2.0, -2.5])
     local = LocalMotion(
-        coefficients=coefficients,
+        amplitudes=amplitudes,
         patch_centres_yx_px=torch.zeros(0, 2),
-        patch_shifts_px=torch.zeros(0, 2, 2),
-        residual_rms_px=0.0,
-        gain_held_out=1.0,
+        patch_shifts_px=torch.zeros(0, n_frames, 2),
+        prior_angstrom=1.0,
     )
-    up = torch.fft.irfft2(torch.fft.rfft2(image) * shift_phases((n, n), torch.tensor([-1.5, 0.0])), s=(n, n))
-    summed = plain([image, up], torch.zeros(2, 2), local=local).micrograph
-    inside = slice(8, -8)
-    assert torch.allclose(summed[inside, inside], 2 * image[inside, inside], atol=0.02)
+    axis = torch.arange(n, dtype=torch.float32)
+    yy, xx = torch.meshgrid(axis, axis, indexing="ij")
+    frames = []
+    for i in range(n_frames):
+        # what the correction moves to (y, x) was at (y, x) - correction
+        y = yy + amplitudes[0, 1, i] * (xx / n - 0.5)
+        x = xx + amplitudes[1, 3, i] * (yy / n - 0.5)
+        grid = torch.stack([x, y], dim=-1) * (2 / (n - 1)) - 1
+        frames.append(
+            torch.nn.functional.grid_sample(
+                image[None, None], grid[None], mode="bicubic", padding_mode="reflection", align_corners=True
+            )[0, 0]
+        )
+    summed = plain(frames, torch.zeros(n_frames, 2), local=local).micrograph
+    inside = slice(12, -12)
+    error = (summed / n_frames - image)[inside, inside]
+    unmoved = (sum(frames) / n_frames - image)[inside, inside]
+    assert float(error.std()) < 0.06 * float(image.std())
+    assert float(error.std()) < 0.2 * float(unmoved.std())
 
 
 def test_a_number_of_frames_that_is_not_that_of_the_shifts_is_refused():
@@ -114,8 +153,8 @@ def test_defects_are_filled_from_good_neighbours_the_same_way_every_time():
     mask = torch.zeros(60, 60, dtype=torch.bool)
     mask[10, 10] = mask[0, 0] = mask[30, :] = mask[40:52, 20:32] = True
     dirty = torch.where(mask, torch.full_like(frame, 1e6), frame)
-    filled = DefectFiller(mask, np.random.default_rng(0)).fill(dirty)
-    again = DefectFiller(mask, np.random.default_rng(0)).fill(dirty)
+    filled = DefectFiller(mask, np.random.default_rng(0)).fill_(dirty.clone())
+    again = DefectFiller(mask, np.random.default_rng(0)).fill_(dirty.clone())
     assert float(filled.max()) < 10
     assert torch.equal(filled[~mask], frame[~mask])
     assert torch.equal(filled, again)
