@@ -13,11 +13,13 @@ from typer.testing import CliRunner
 
 from actors.preprocess.exposure import preprocess_exposure
 from actors.preprocess.settings import PreprocessSettings
+from models.motion.gain import MAX_GAIN_RESIDUAL
 from models.optics.ctf import evaluate_ctf, frequency_grid
 from stream.ingest.movie_reader import identify_file, inspect_movie
-from stream.records.errors import InputError
+from stream.ingest.movie_writers import split_for_eer, write_eer
+from stream.records.errors import ConfigurationError, InputError
 from stream.records.particles import derive_exposure_id, derive_particle_uid
-from stream.records.values import AcquisitionMetadata, Exposure, InputKind, Optics
+from stream.records.values import AcquisitionMetadata, Exposure, GainOrientation, InputKind, Optics
 from stream.store.layout import OutputLayout
 
 PIXEL = 3.0
@@ -339,3 +341,186 @@ def test_the_ctf_command_takes_micrographs(movie_frames, tmp_path):
     assert result.exit_code == 0
     (document,) = json.loads(result.stdout)
     assert document["defocus_u_angstrom"] == pytest.approx(DEFOCUS[0], rel=0.03)
+
+
+def preprocess(path, folder, **more):
+    """Preprocess a movie that has no local motion; return the result and its layout."""
+    layout = OutputLayout(folder)
+    settings = make_settings(has_local_motion=False, **more)
+    return preprocess_exposure(make_exposure(path), settings, layout), layout
+
+
+@pytest.fixture(scope="module")
+def gain_movie(movie_frames, tmp_path_factory):
+    """A movie whose pixels differ by 5 %, and the reference that corrects it."""
+    folder = tmp_path_factory.mktemp("gain")
+    gain = np.random.default_rng(4).normal(1, 0.05, (SIZE, SIZE)).astype(np.float32)
+    frames = np.random.default_rng(5).poisson(movie_frames[0] / gain)
+    tifffile.imwrite(folder / "m.tiff", frames.astype(np.uint8), photometric="minisblack")
+    mrcfile.write(folder / "gain.mrc", gain)
+    return folder
+
+
+def test_the_gain_residual_tells_a_reference_that_fits_from_a_flipped_one(gain_movie, tmp_path):
+    path, gain = gain_movie / "m.tiff", gain_movie / "gain.mrc"
+    fits, _ = preprocess(path, tmp_path / "a", gain=gain)
+    assert abs(fits.gain_residual) < MAX_GAIN_RESIDUAL / 4
+    flipped, _ = preprocess(path, tmp_path / "b", gain=gain, gain_flip_x=True)
+    assert flipped.gain_residual == pytest.approx(1, abs=0.1)
+    none, _ = preprocess(path, tmp_path / "c")
+    assert none.gain_residual is None
+
+
+def test_an_orientation_that_was_found_replaces_that_of_the_settings(gain_movie, tmp_path):
+    turned = preprocess_exposure(
+        make_exposure(gain_movie / "m.tiff"),
+        make_settings(gain=gain_movie / "gain.mrc", gain_flip_x=True, has_local_motion=False),
+        OutputLayout(tmp_path),
+        gain_orientation=GainOrientation(),
+    )
+    assert abs(turned.gain_residual) < MAX_GAIN_RESIDUAL / 4
+
+
+@pytest.fixture(scope="module")
+def eer_path(movie_frames, tmp_path_factory):
+    path = tmp_path_factory.mktemp("eer") / "m.eer"
+    write_eer(path, split_for_eer(movie_frames[0].astype(np.uint8), 16))
+    return path
+
+
+def test_an_eer_gives_the_micrograph_of_its_fractions(eer_path, processed, tmp_path):
+    result, layout = preprocess(eer_path, tmp_path, eer_fractions=N_FRAMES)
+    assert result.motion.total_motion_angstrom == pytest.approx(1.5 * PIXEL * (N_FRAMES - 1), rel=0.2)
+    ours, tiff = (mrcfile.read(x.micrograph("exposure_1")) for x in (layout, processed[1]))
+    assert np.corrcoef(ours.ravel(), tiff.ravel())[0, 1] > 0.97
+    general = starfile.read(layout.motion("exposure_1"))["general"]
+    assert (general["rlnEERGrouping"], general["rlnEERUpsampling"]) == (16, 1)
+
+
+def test_an_eer_is_grouped_by_the_dose_of_a_fraction(eer_path, tmp_path):
+    _, layout = preprocess(eer_path, tmp_path, eer_dose_per_fraction_e_per_angstrom2=1.0)
+    assert len(starfile.read(layout.motion("exposure_1"))["global_shift"]) == 4
+    with pytest.raises(InputError, match=r"needs the movie's dose.*eer_dose_per_fraction"):
+        preprocess(
+            eer_path, tmp_path / "b", eer_dose_per_fraction_e_per_angstrom2=1.0, dose_e_per_angstrom2=None
+        )
+
+
+def test_up_sampled_events_give_twice_the_pixels_and_with_binning_the_same(eer_path, processed, tmp_path):
+    fine, layout = preprocess(eer_path, tmp_path / "fine", eer_fractions=N_FRAMES, eer_upsampling=2)
+    with mrcfile.open(layout.micrograph("exposure_1")) as mrc:
+        assert mrc.data.shape == (2 * SIZE, 2 * SIZE)
+        assert float(mrc.voxel_size.x) == pytest.approx(PIXEL / 2)
+    assert fine.motion.total_motion_angstrom == pytest.approx(1.5 * PIXEL * (N_FRAMES - 1), rel=0.2)
+    assert fine.ctf.defocus_u_angstrom == pytest.approx(DEFOCUS[0], rel=0.03)
+    binned, layout = preprocess(
+        eer_path, tmp_path / "binned", eer_fractions=N_FRAMES, eer_upsampling=2, binning=2.0
+    )
+    assert binned.pixel_size_angstrom == pytest.approx(processed[0].pixel_size_angstrom)
+    ours, tiff = (mrcfile.read(x.micrograph("exposure_1")) for x in (layout, processed[1]))
+    assert ours.shape == tiff.shape
+    coarse = [image.reshape(SIZE // 4, 4, SIZE // 4, 4).mean(axis=(1, 3)).ravel() for image in (ours, tiff)]
+    # two fine pixels have their middle a quarter of a pixel from that of one coarse one, and noise moves with it
+    assert np.corrcoef(coarse)[0, 1] > 0.9
+
+
+def test_a_movie_without_events_cannot_be_up_sampled(movie_frames, tmp_path):
+    write_tiff(tmp_path / "m.tiff", movie_frames[0])
+    with pytest.raises(InputError, match=r"eer_upsampling 2 is for EER movies alone \(found: tiff\)"):
+        preprocess(tmp_path / "m.tiff", tmp_path / "out", eer_upsampling=2)
+
+
+def test_a_movie_of_one_frame_is_taken_and_has_no_motion(movie_frames, tmp_path):
+    counts = np.random.default_rng(0).poisson(make_frames(drift_px=0.0)[0].sum(axis=0, keepdims=True))
+    tifffile.imwrite(tmp_path / "m.tiff", counts.astype(np.uint16), photometric="minisblack")
+    layout = OutputLayout(tmp_path / "out")
+    result = preprocess_exposure(make_exposure(tmp_path / "m.tiff"), make_settings(), layout)
+    assert result.motion is None
+    assert result.n_particles >= 10
+    assert len(starfile.read(layout.motion("exposure_1"))["global_shift"]) == 1
+
+
+def test_a_movie_without_a_dose_is_summed_without_weights(movie_frames, tmp_path):
+    write_tiff(tmp_path / "m.tiff", movie_frames[0])
+    result, layout = preprocess(tmp_path / "m.tiff", tmp_path / "out", dose_e_per_angstrom2=None)
+    assert result.motion.early_motion_angstrom > 0
+    assert "rlnMicrographDoseRate" not in starfile.read(layout.motion("exposure_1"))["general"]
+
+
+def test_dead_rows_are_filled_and_a_dead_block_is_refused(movie_frames, processed, tmp_path):
+    frames = movie_frames[0].copy()
+    frames[:, 200:202] = 0
+    frames[:, :, 77] = 0
+    write_tiff(tmp_path / "m.tiff", frames)
+    _, layout = preprocess(tmp_path / "m.tiff", tmp_path / "out")
+    ours, whole = (mrcfile.read(x.micrograph("exposure_1")) for x in (layout, processed[1]))
+    assert np.corrcoef(ours.ravel(), whole.ravel())[0, 1] > 0.97
+    inner = ours[20:-20, 20:-20]
+    rows = (inner.mean(axis=1) - np.median(inner.mean(axis=1))) / whole[20:-20, 20:-20].mean(axis=1).std()
+    assert np.abs(rows[178:184]).max() < 4  # the dead rows do not stand out
+    frames[:, :200, :200] = 0
+    write_tiff(tmp_path / "n.tiff", frames)
+    with pytest.raises(InputError, match=r"n\.tiff: frames: 1\d% of the pixels are dead or hot, at most 10%"):
+        preprocess(tmp_path / "n.tiff", tmp_path / "out2")
+
+
+def test_a_saturated_frame_is_refused(movie_frames, tmp_path):
+    frames = movie_frames[0].copy()
+    frames[2] = np.minimum(frames[2] * 40.0, 255)
+    write_tiff(tmp_path / "m.tiff", frames)
+    with pytest.raises(InputError, match=r"saturated.*frame 3"):
+        preprocess(tmp_path / "m.tiff", tmp_path / "out")
+
+
+def gain_command(folder, out, *more: object):
+    return run_command(
+        "preprocess", folder / "m.tiff", "--out", out, "--pixel-size-angstrom", PIXEL,
+        "--particle-diameter-angstrom", DIAMETER, "--dose-e-per-angstrom2", 4, "--json", *more,
+    )  # fmt: skip
+
+
+def test_the_command_turns_the_gain_by_itself_and_says_how(gain_movie, tmp_path):
+    mrcfile.write(
+        tmp_path / "lying.mrc", np.ascontiguousarray(np.rot90(mrcfile.read(gain_movie / "gain.mrc")))
+    )
+    result = gain_command(
+        gain_movie, tmp_path / "out", "--gain", tmp_path / "lying.mrc", "--gain-orientation", "auto"
+    )
+    assert result.exit_code == 0, result.stderr
+    assert "lying.mrc fits turned by 270°" in result.stderr
+    (document,) = json.loads(result.stdout)
+    assert abs(document["gain_residual"]) < MAX_GAIN_RESIDUAL / 4
+
+
+def test_the_command_refuses_a_gain_that_fits_in_no_way_with_all_eight_correlations(gain_movie, tmp_path):
+    mrcfile.write(
+        tmp_path / "g.mrc", np.random.default_rng(8).normal(1, 0.05, (SIZE, SIZE)).astype(np.float32)
+    )
+    result = gain_command(
+        gain_movie, tmp_path / "out", "--gain", tmp_path / "g.mrc", "--gain-orientation", "auto"
+    )
+    assert isinstance(result.exception, ConfigurationError)
+    assert str(result.exception).count("±") == 8
+    result = gain_command(
+        gain_movie,
+        tmp_path / "out",
+        "--gain",
+        tmp_path / "g.mrc",
+        "--gain-orientation",
+        "auto",
+        "--gain-flip-x",
+    )
+    assert "leave --gain-flip" in str(result.exception)
+
+
+def test_the_command_refuses_a_pixel_size_that_contradicts_the_header(movie_frames, tmp_path):
+    with mrcfile.new(tmp_path / "m.mrcs") as mrc:
+        mrc.set_data(movie_frames[0].astype(np.int16))
+        mrc.set_image_stack()
+        mrc.voxel_size = 1.1
+    result = run_command(
+        "preprocess", tmp_path / "m.mrcs", "--out", tmp_path / "o", "--pixel-size-angstrom", 3.0
+    )
+    assert result.exit_code == 1
+    assert "1.1 Å in" in result.stderr
+    assert "3 Å in the configuration" in result.stderr
