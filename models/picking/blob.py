@@ -32,6 +32,8 @@ _HOLLOWS = (0.0, 0.66)
 # Turns of an ellipse and steps of its aspect ratio: half a step changes the response by less than 5 %.
 _TURN_STEP_DEG = 22.5
 _ASPECT_STEP = 1.4
+# Noise drawn once a session: 1,600 particle-sized areas settle the calibration to 0.05.
+_NOISE_SIDE_PX = 640
 DEFAULT_THRESHOLD = 3.0
 """Calibrated score of a pick: noise gives one in 740 particle-sized areas, about one a micrograph."""
 
@@ -180,4 +182,9 @@ def _best_response(flat: Tensor, banks: tuple[TemplateBank, ...]) -> tuple[Tenso
 def _calibrate_blobs(shapes: tuple[BlobShape, ...], pixel: float, diameter_px: float) -> Calibration:
     """Measure noise peaks of the blobs; kept, because a session's micrographs share pixel and shapes."""
     banks = _blob_banks(shapes, pixel)
-    return calibrate_on_noise(lambda noise: _best_response(noise, banks)[0], diameter_px=diameter_px)
+    return calibrate_on_noise(
+        lambda noise: _best_response(noise, banks)[0],
+        diameter_px=diameter_px,
+        n_support_px=float(np.mean([float(bank.support.sum()) for bank in banks])),
+        side_px=_NOISE_SIDE_PX,
+    )

@@ -20,11 +20,14 @@ from models.fourier.filters import smooth_gaussian
 
 # Two halves of an even slope are 3.5 of their standard deviations apart; an edge is more (safe: 4-6).
 _EDGE_SEPARATION = 4.5
-_MIN_EDGE_FRACTION = 0.02
+_MIN_EDGE_FRACTION = 0.08
+# Of the smaller side's area, at most this much may lie between the two values: a dome is not an edge.
+_MAX_BETWEEN = 0.3
 # Twice the limit marks what is too strong for a particle, however small (safe: 1.7-3).
 _STRONG = 2.0
-# Found areas grow, from the limit down to this part of it, over what is connected with them.
-_REACH = 0.5
+# Found areas reach down to this part of the limit or of their own peak, whichever is more: half of the peak is
+# where a smoothed edge lies, and what is uneven inside needs some room below (safe: 0.25-0.5, and 0.5-0.7 of a logarithm).
+_REACH, _REACH_OF_PEAK, _REACH_OF_LOG_PEAK = 0.5, 0.35, 0.6
 # Spreads of the two maps below which differences are noise: in grey SD, and in log variance.
 _MIN_SPREAD, _MIN_LOG_SPREAD = 0.05, 0.1
 
@@ -37,7 +40,7 @@ def find_contamination(
     In order: the smaller side of a sharp edge between two brightnesses or textures (carbon, holes); areas whose local mean
     (over a third of a diameter, less a plane) or local log variance (over one and a half) is off by more than
     `limit_sd` robust standard deviations. Such an area counts when it is larger than one and a half particles,
-    or twice as strong; it is followed out to half the limit, filled and grown by a quarter of a diameter.
+    or twice as strong; it is followed out to half the limit (or a third of its own peak), filled and grown by a quarter of a diameter.
     """
     particle_px = math.pi * (0.5 * diameter_px) ** 2
     mean = smooth_gaussian(image, max(1.0, 0.35 * diameter_px))
@@ -46,18 +49,29 @@ def find_contamination(
     if texture_sd <= 0.0:
         return torch.zeros(image.shape, dtype=torch.bool)
     mask = _smaller_side_of_an_edge(smooth_gaussian(image, 1.5 * diameter_px).numpy())
-    mask |= _smaller_side_of_an_edge(_log_variance(residual.square(), diameter_px))
-    level = mean.numpy() - _plane_of(mean.numpy(), ~mask)
-    found = _odd_areas(level, mask, _MIN_SPREAD * texture_sd, limit_sd, particle_px)
-    # what is odd in brightness must not lend its variance to its surroundings
-    squares = torch.where(torch.from_numpy(mask | found), residual.square().median() * 2.2, residual.square())
-    found |= _odd_areas(
-        _log_variance(squares, diameter_px), mask | found, _MIN_LOG_SPREAD, limit_sd, particle_px
-    )
-    mask = ndimage.binary_fill_holes(mask | found)
     if not mask.any():
-        return torch.zeros(image.shape, dtype=torch.bool)
-    return torch.from_numpy(np.asarray(ndimage.distance_transform_edt(~mask) <= 0.25 * diameter_px))
+        mask = _smaller_side_of_an_edge(_log_variance(residual.square(), diameter_px))
+    level = mean.numpy() - _plane_of(mean.numpy(), ~mask)
+    found = _odd_areas(level, mask, _MIN_SPREAD * texture_sd, limit_sd, particle_px, _REACH_OF_PEAK)
+    # what is odd in brightness must not lend its variance, least of all its rim's, to its surroundings
+    lent = torch.from_numpy(grow(mask | found, 0.75 * diameter_px))
+    squares = torch.where(lent, residual.square().median() * 2.2, residual.square())
+    found |= _odd_areas(
+        _log_variance(squares, diameter_px),
+        mask | found,
+        _MIN_LOG_SPREAD,
+        limit_sd,
+        particle_px,
+        _REACH_OF_LOG_PEAK,
+    )
+    return torch.from_numpy(grow(ndimage.binary_fill_holes(mask | found), 0.25 * diameter_px))
+
+
+def grow(mask: NDArray[np.bool_], distance_px: float) -> NDArray[np.bool_]:
+    """Return the mask and everything within a distance of it."""
+    if not mask.any():
+        return mask
+    return np.asarray(ndimage.distance_transform_edt(~mask) <= distance_px)
 
 
 def _log_variance(squares: Tensor, diameter_px: float) -> NDArray[np.float32]:
@@ -75,7 +89,11 @@ def _smaller_side_of_an_edge(values: NDArray[np.float32]) -> NDArray[np.bool_]:
         return nothing
     high, low = values[is_high], values[~is_high]
     spread = math.sqrt(0.5 * (float(high.var()) + float(low.var())))
-    if float(np.median(high) - np.median(low)) < _EDGE_SEPARATION * max(spread, 1e-12):
+    top, bottom = float(np.median(high)), float(np.median(low))
+    if top - bottom < _EDGE_SEPARATION * max(spread, 1e-12):
+        return nothing
+    part = (values - bottom) / (top - bottom)
+    if float(((part > 0.3) & (part < 0.7)).mean()) > _MAX_BETWEEN * min(fraction, 1.0 - fraction):
         return nothing
     return np.asarray(is_high if fraction < 0.5 else ~is_high)
 
@@ -119,6 +137,7 @@ def _odd_areas(
     min_spread: float,
     limit_sd: float,
     particle_px: float,
+    reach_of_peak: float,
 ) -> NDArray[np.bool_]:
     """Return the areas of values off by more than the limit that are large or strong, out to half the limit."""
     kept = values[~is_ignored]
@@ -133,6 +152,8 @@ def _odd_areas(
     peaks = ndimage.maximum(z, seeds, index)
     is_seed = (areas > 1.5 * particle_px) | ((areas > 0.5 * particle_px) & (peaks > _STRONG * limit_sd))
     seed_mask = np.isin(seeds, index[is_seed])
-    grown, _ = ndimage.label(z > _REACH * limit_sd)
+    grown, n_grown = ndimage.label(z > _REACH * limit_sd)
+    heights = np.concatenate([[0.0], ndimage.maximum(z, grown, np.arange(1, n_grown + 1))])
     touched = np.unique(grown[seed_mask])
-    return np.asarray(np.isin(grown, touched[touched > 0]))
+    is_near = np.isin(grown, touched[touched > 0])
+    return np.asarray(is_near & (z > reach_of_peak * heights[grown]))

@@ -195,6 +195,7 @@ def pick_templates(
     calibration = calibrate_on_noise(
         lambda noise: correlate(noise, bank)[0],
         diameter_px=templates.diameter_angstrom / pixel,
+        n_support_px=float(bank.support.sum()),
         side_px=_NOISE_SIDE_PX,
         device=device,
     )

@@ -26,7 +26,7 @@ def register(app: typer.Typer) -> None:
 def bench(
     name: Annotated[str, typer.Argument(help="Which benchmark.")],
     size: Annotated[
-        int | None, typer.Option(help="Movies, files or particles; default: the recorded size.")
+        int | None, typer.Option(help="Movies, files, particles or pixels; default: the recorded size.")
     ] = None,
     folder: Annotated[Path | None, typer.Option(help="Where to work; default: a temporary folder.")] = None,
     as_json: AsJson = False,
@@ -95,13 +95,28 @@ def _preprocess(folder: Path, size: int | None) -> Figures:
     return run_preprocess_benchmark(folder, n_frames=size or 40)
 
 
+def _motion(folder: Path, size: int | None) -> Figures:
+    from stream.commands.bench_motion import run_motion_benchmark
+
+    return run_motion_benchmark(folder, side_px=size or 2048)
+
+
+def _picking(folder: Path, size: int | None) -> Figures:
+    from stream.commands.bench_picking import run_picking_benchmark
+
+    del folder  # everything stays in memory
+    return run_picking_benchmark(n_micrographs=size or 4)
+
+
 BENCHMARKS: dict[str, Callable[[Path, int | None], Figures]] = {
     "ingest": _ingest,
     "preprocess": _preprocess,
+    "motion": _motion,
     "journal": _journal,
     "stream": _stream,
     "score": _score,
     "vit-b": _vit_b,
     "feature-cache": _feature_cache,
+    "picking": _picking,
     "features": _features,
 }

@@ -31,7 +31,7 @@ FloatArray = NDArray[np.floating]
 
 def run_picking_benchmark(
     *,
-    n_micrographs: int = 3,
+    n_micrographs: int = 4,
     snrs: tuple[float, ...] = (0.005, 0.02, 0.05, 0.1),
     seed: int = 5,
 ) -> list[dict[str, Any]]:

@@ -97,8 +97,8 @@ def test_simulated_carbon_is_masked():
 
 def test_most_of_the_simulated_ice_crystals_are_masked():
     hit = total = 0
-    for index in range(3):
-        mask, truth = expose(0.08, index)
+    for index in range(2):
+        mask, truth = expose(0.12, index, n_particles=20)
         kinds = (JunkKind.ICE_CRYSTAL,)
         if any(item.kind in (JunkKind.CARBON, JunkKind.EMPTY) for item in truth.junk):
             continue
