@@ -56,6 +56,7 @@ RELIABLE_SIGNIFICANCE = 8.0
 _NOISE_SIGNIFICANCE = 5.5
 _COARSEST_RELIABLE_ANGSTROM = 15.0
 _CLEAR_CONFIDENCE = 0.95
+_CLEAR_SIGNIFICANCE = 12.0
 # With fewer rings than this a fit leans on the shape of background and envelope, which noise does not tell.
 _CLEAR_RINGS = 3.0
 # Log-likelihoods are halved before they compare distant optima: the model's own errors do not average out.
@@ -67,8 +68,8 @@ _TILE_ANGSTROM = 640.0
 class CtfStatus(Enum):
     """`RINGS`: trust the values; `WEAK`: rings are there, their values are uncertain; `NO_RINGS`: no values.
 
-    Weak is a confidence below 0.95, a defocus that is not known to 1 % (or 100 Å), an astigmatism that the data leave
-    to its prior, or fewer than three rings.
+    Weak is a confidence below 0.95, a significance below 12, a defocus that is not known to 1 % (or 100 Å), an astigmatism that
+    the data leave to its prior, or fewer than three rings.
     """
 
     RINGS = "rings"
@@ -306,6 +307,7 @@ def _describe(
         status = CtfStatus.NO_RINGS
     elif (
         confidence < _CLEAR_CONFIDENCE
+        or significance < _CLEAR_SIGNIFICANCE
         or spreads[0] > max(0.01 * point[0], 100.0)
         or spreads[1] > max(0.5 * search.astigmatism_scale_angstrom, 0.25 * amplitude)
         or count_rings(wide, point, resolution) < _CLEAR_RINGS

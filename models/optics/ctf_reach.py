@@ -35,7 +35,9 @@ def estimate_thickness(
 ) -> float | None:
     """Return the thickness in Å whose node lies inside the range, or None.
 
-    The rings' signed height by shell is compared with a · exp(-b k²) · sinc ξ over t and b, a in closed form.
+    The rings' signed height by shell is compared with a · exp(-b k²) · sinc ξ over t and b, a in closed form; then,
+    around the node alone, with (a + b k) · sinc ξ: where the height changes its sign does not depend on
+    how the envelope falls.
     """
     trial = rings.template(point, np.ones_like(rings.k))
     product = (trial * rings.data).sum(axis=0)
@@ -66,7 +68,26 @@ def estimate_thickness(
     reversed_ = -significance(is_reversed.astype(np.float64))
     if min(upright, reversed_) < _NODE_SIGNIFICANCE:
         return None
-    return float(thicknesses[best])
+    return _refine_thickness(rings, product, square, float(thicknesses[best]))
+
+
+def _refine_thickness(
+    rings: RingSpectrum, product: FloatArray, square: FloatArray, thickness_angstrom: float
+) -> float:
+    for _ in range(2):
+        node = 1.0 / math.sqrt(rings.wavelength_angstrom * thickness_angstrom)
+        near = (rings.k > 0.65 * node) & (rings.k < 1.3 * node)
+        k = rings.k[near]
+        tried = thickness_angstrom * np.linspace(0.85, 1.15, 61)
+        gains = np.zeros(len(tried))
+        for i, thickness in enumerate(tried):
+            shape = np.sinc(rings.wavelength_angstrom * k**2 * thickness)
+            design = np.stack([shape, shape * (k - node)])
+            along = design @ product[near]
+            normal = (design * square[near]) @ design.T
+            gains[i] = along @ np.linalg.lstsq(normal, along, rcond=None)[0]
+        thickness_angstrom = float(tried[int(gains.argmax())])
+    return thickness_angstrom
 
 
 def fit_resolution(rings: RingSpectrum, point: FloatArray, thickness_angstrom: float | None = None) -> float:
