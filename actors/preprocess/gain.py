@@ -121,14 +121,6 @@ def load_session_gain(
     return gain
 
 
-def read_session_gain(
-    settings: PreprocessSettings, shape_yx: tuple[int, int], item: str
-) -> GainReference | None:
-    """Return the session's gain reference, turned and of the movie's shape; None where there is none."""
-    gain = load_session_gain(settings, shape_yx, item)
-    return None if gain is None else gain.reference
-
-
 def orient_session_gain(exposures: Sequence[Exposure], settings: PreprocessSettings) -> OrientedGain:
     """Find how the session's gain reference lies from the uncorrected frames of these movies.
 

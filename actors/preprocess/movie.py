@@ -14,7 +14,7 @@ from actors.preprocess.clock import StageClock
 from actors.preprocess.gain import load_session_gain
 from actors.preprocess.settings import PreprocessSettings
 from models.motion.align import crop_movie, path_length_angstrom
-from models.motion.defects import DefectFiller, find_hot_pixels
+from models.motion.defects import DefectFiller, find_defects
 from models.motion.dose import accumulated_exposures
 from models.motion.local import MovieMotion, estimate_motion, fit_polynomial
 from models.motion.summing import SummedMovie, sum_frames
@@ -116,7 +116,7 @@ class _Frames:
             self._factors = torch.from_numpy(gain.reference.values)
             mean *= self._factors
         # hot pixels stand still: left in, they would hold the frames back
-        self.hot = find_hot_pixels(mean) & ~defects
+        self.hot = find_defects(mean) & ~defects
         self._filler = DefectFiller(defects | self.hot, np.random.default_rng(0))
         self.gain_residual = None if gain is None else gain.residual(self._filler.fill_(mean))
 

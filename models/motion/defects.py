@@ -24,7 +24,7 @@ MAX_DEFECT_FRACTION = 0.1
 """Above this a camera's block has failed or the beam was cut off: what is filled in would be most of a region."""
 
 
-def find_hot_pixels(mean_frame: Float[Tensor, "y x"]) -> Bool[Tensor, "y x"]:
+def find_defects(mean_frame: Float[Tensor, "y x"]) -> Bool[Tensor, "y x"]:
     """Return the defects of a mean frame: hot and dead pixels, and rows and columns that are dead or hot.
 
     *Hot* (or cold) is more than six robust SD from the surroundings (15 px); the spread is that of the whole

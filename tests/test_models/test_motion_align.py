@@ -14,7 +14,7 @@ from models.motion.align import (
     find_peaks,
     path_length_angstrom,
 )
-from models.motion.defects import DefectFiller, find_hot_pixels
+from models.motion.defects import DefectFiller, find_defects
 from models.motion.dose import accumulated_exposures
 from models.motion.local import estimate_motion, evaluate_local_motion, fit_polynomial, spatial_basis
 from models.motion.summing import sum_frames
@@ -232,7 +232,7 @@ def test_hot_pixels_and_dead_columns_do_not_pin_the_frames():
         frame[hot[:, 0], hot[:, 1]] += torch.poisson(torch.full((8,), 40.0), generator=generator)
         frame[:, 77] = 0.0
     mean = torch.stack(frames).mean(dim=0)
-    filler = DefectFiller(find_hot_pixels(mean), np.random.default_rng(0))
+    filler = DefectFiller(find_defects(mean), np.random.default_rng(0))
     assert rms_without_offset(align([filler.fill_(frame) for frame in frames]) + drift) < 0.2
 
 

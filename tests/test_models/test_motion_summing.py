@@ -6,7 +6,7 @@ import torch
 
 from models.fourier.filters import squared_frequencies
 from models.fourier.transforms import shift_phases
-from models.motion.defects import DefectFiller, find_hot_pixels
+from models.motion.defects import DefectFiller, find_defects
 from models.motion.dose import accumulated_exposures
 from models.motion.local import LocalMotion
 from models.motion.summing import padded_shape, sum_frames
@@ -144,7 +144,7 @@ def test_hot_pixels_are_found_and_gradients_are_not():
     mean = 1.0 + 0.01 * torch.randn(100, 120, generator=generator) + torch.linspace(0, 1, 120)
     mean[30, 40] += 0.3
     mean[70, 5] -= 0.3
-    assert torch.nonzero(find_hot_pixels(mean)).tolist() == [[30, 40], [70, 5]]
+    assert torch.nonzero(find_defects(mean)).tolist() == [[30, 40], [70, 5]]
 
 
 def test_defects_are_filled_from_good_neighbours_the_same_way_every_time():
