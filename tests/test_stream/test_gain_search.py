@@ -64,11 +64,10 @@ def test_low_contrast_is_asked_again_with_two_four_and_eight_movies() -> None:
     controller = Controller(AUTO)
     sizes = []
     for number in range(12):
-        commands = play(controller, found(f"m{number}"))
-        while commands:
+        if commands := play(controller, found(f"m{number}")):
             names = asked(commands)
             sizes.append((number + 1, len(names)))
-            commands = play(controller, answered(None, len(names)))
+            assert play(controller, answered(None, len(names))) == []
     assert sizes == [(1, 1), (2, 2), (4, 4), (8, 8)]
     hold = controller.find_hold(Stage.PREPROCESS) or ""
     assert "gain_orientation: given" in hold

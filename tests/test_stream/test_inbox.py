@@ -112,6 +112,16 @@ def test_the_same_words_written_again_are_another_request(session: Session) -> N
     assert [e.limits.max_picks for e in session.limits_events()] == [10, 100, 10]
 
 
+def test_a_file_of_the_same_name_and_content_is_another_request_too(session: Session, tmp_path: Path) -> None:
+    (tmp_path / "inbox").mkdir()
+    for limit in (10, 100, 10):
+        (tmp_path / "inbox" / "limits.json").write_text(
+            json.dumps({"type": "limits", "limits": {"max_picks": limit}})
+        )
+        session.take()
+    assert [e.limits.max_picks for e in session.limits_events()] == [10, 100, 10]
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
