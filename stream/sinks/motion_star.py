@@ -15,6 +15,7 @@ import pandas as pd
 import starfile
 from numpy.typing import NDArray
 
+from stream.records.errors import InputError
 from stream.store.files import replacing
 
 
@@ -100,3 +101,59 @@ def _patch_shifts(centres_yx: NDArray[np.floating], shifts: NDArray[np.floating]
             "rlnMicrographShiftY": np.asarray(shifts, dtype=np.float64)[..., 0].ravel(),
         }
     )
+
+
+def read_motion_star(path: Path) -> MotionTable:
+    """Read a motion file of RELION (3.1 to 5) or of ours.
+
+    Raises
+    ------
+    InputError
+        The file has no whole-frame shifts, or a local model of other than 36 coefficients.
+    """
+    blocks = starfile.read(path, always_dict=True)
+    general, shifts = blocks.get("general"), blocks.get("global_shift")
+    if general is None or shifts is None:
+        raise InputError(path, "a motion file has the blocks general and global_shift", ", ".join(blocks))
+    local = blocks.get("local_motion_model")
+    coefficients: NDArray[np.floating] | None = None
+    if local is not None:
+        # RELION repeats the label of this column, so that it goes by its place
+        values = local.iloc[:, 1].to_numpy(dtype=np.float64)
+        if len(values) != 36:
+            raise InputError(path, "a local motion model has 36 coefficients", len(values))
+        coefficients = np.stack([values[18:].reshape(6, 3), values[:18].reshape(6, 3)])
+    dose = general.get("rlnMicrographDoseRate")
+    hot = blocks.get("hot_pixels")
+    return MotionTable(
+        movie_name=str(general["rlnMicrographMovieName"]),
+        gain_name=str(general["rlnMicrographGainName"]) if "rlnMicrographGainName" in general else None,
+        movie_shape_yx=(int(general["rlnImageSizeY"]), int(general["rlnImageSizeX"])),
+        binning=float(general.get("rlnMicrographBinning", 1.0)),
+        pixel_size_angstrom=float(general["rlnMicrographOriginalPixelSize"]),
+        dose_per_frame_e_per_angstrom2=None if dose is None else float(dose),
+        pre_exposure_e_per_angstrom2=float(general.get("rlnMicrographPreExposure", 0.0)),
+        voltage_kv=float(general.get("rlnVoltage", 300.0)),
+        shifts_px=_columns(shifts, "rlnMicrographShiftY", "rlnMicrographShiftX"),
+        local_coefficients=coefficients,
+        hot_pixels_yx=None
+        if hot is None
+        else _columns(hot, "rlnCoordinateY", "rlnCoordinateX").astype(np.int64),
+    )
+
+
+def _columns(block: pd.DataFrame, *names: str) -> NDArray[np.floating]:
+    return np.asarray(block[list(names)], dtype=np.float64)
+
+
+def evaluate_motion(table: MotionTable, positions_yx_px: NDArray[np.floating]) -> NDArray[np.floating]:
+    """Return the corrections `(frame, position, yx)` in movie pixels at positions `(position, yx)`, local model included."""
+    n_frames = len(table.shifts_px)
+    shifts = np.repeat(np.asarray(table.shifts_px, dtype=np.float64)[:, None], len(positions_yx_px), axis=1)
+    if table.local_coefficients is None:
+        return shifts
+    v, u = (np.asarray(positions_yx_px, dtype=np.float64) / table.movie_shape_yx - 0.5).T
+    space = np.stack([np.ones_like(u), u, u * u, v, v * v, u * v], axis=-1)
+    t = np.arange(n_frames, dtype=np.float64)
+    time = np.stack([t, t * t, t**3], axis=-1)
+    return np.asarray(shifts + np.einsum("ps,ast,ft->fpa", space, table.local_coefficients, time))
