@@ -85,6 +85,10 @@ class EngineStopped(IcestreamError):  # noqa: N818 - it is a request fulfilled, 
     """The caller asked the engine to stop before it was done."""
 
 
+class SeedRefused(IcestreamError):  # noqa: N818 - a finding about the particles, not a fault
+    """The particles do not determine a map: nothing was built on them, and more or better ones are needed."""
+
+
 ProgressCallback = Callable[[EngineProgress], None]
 StopCheck = Callable[[], bool]
 
@@ -105,7 +109,7 @@ class Engine(Protocol):
         progress: ProgressCallback | None = None,
         should_stop: StopCheck | None = None,
     ) -> Path:
-        """Find a map from nothing; return its file in `out`."""
+        """Find a map from nothing; return its file in `out`, or raise `SeedRefused` where there is none to be found."""
         ...
 
     def refine(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from actors.engines.base import (
     EngineSettings,
     EngineStopped,
     ProgressCallback,
+    SeedRefused,
     StopCheck,
 )
 from actors.engines.incremental_run import measure_growth, refine_incrementally, state_after
@@ -34,6 +35,7 @@ from actors.engines.state_file import write_state
 from models.fourier.point_groups import symmetry_matrices
 from models.fourier.rotations import euler_to_matrix
 from models.fourier.volumes import resample_volume
+from models.reconstruction.acceptance import ROUND_SHARE
 from models.reconstruction.fsc import masked_fsc
 from models.reconstruction.halfmaps import combine_halves
 from models.reconstruction.incremental import IncrementalState
@@ -115,9 +117,12 @@ class EmbeddedEngine:
                 on_progress=report,
             )
         folder = RunFolder(out)
+        folder.write_json(folder.initial_summary, _describe(model, settings, time.monotonic() - started))
+        if model.acceptance.reason is not None:
+            rule = f"the particles determine a map; {model.acceptance.reason}"
+            raise SeedRefused(source.particles_star, rule, f"{len(data)} particles")
         with replacing(folder.initial_map) as temporary:
             write_volume(temporary, model.volume, data.pixel_size_angstrom)
-        folder.write_json(folder.initial_summary, _describe(model, settings, time.monotonic() - started))
         return folder.initial_map
 
     def refine(
@@ -377,6 +382,13 @@ def _describe(model: InitialModel, settings: EngineSettings, seconds: float) -> 
         "starts": [{"name": r.name, "log_evidence_nats": round(r.log_evidence, 4)} for r in model.reports],
         "evidence_spread_nats": model.evidence_spread,
         "symmetry_score": model.symmetry_score,
+        "acceptance": asdict(model.acceptance)
+        | {
+            "is_accepted": model.acceptance.is_accepted,
+            "reason": model.acceptance.reason,
+            "shape_share": model.acceptance.shape_share,
+            "is_round": model.acceptance.shape_share < ROUND_SHARE,
+        },
         "seed": settings.seed,
         "effort": settings.effort,
         "seconds": round(seconds, 2),

@@ -11,7 +11,14 @@ import shutil
 import time
 from pathlib import Path
 
-from actors.engines.base import STATE_NAME, Engine, EngineInput, EngineOutput, EngineSettings
+from actors.engines.base import (
+    STATE_NAME,
+    Engine,
+    EngineInput,
+    EngineOutput,
+    EngineSettings,
+    SeedRefused,
+)
 from stream.records.commands import StartRun
 from stream.records.errors import ConfigurationError
 from stream.records.values import RunId, RunResult
@@ -52,7 +59,14 @@ def run_engine(
     seconds = {"collect": collected_s}
     if initial is None:
         started = time.monotonic()
-        initial = engine.initial_model(source, settings, work)
+        try:
+            initial = engine.initial_model(source, settings, work)
+        except SeedRefused as refusal:
+            seconds["initial_model"] = time.monotonic() - started
+            log.warning("seed_refused run=%s reason=%s", request.run_id, refusal)
+            shutil.rmtree(final, ignore_errors=True)
+            work.rename(final)
+            return _refused(request.run_id, engine.name, settings, layout, n_particles, refusal, seconds)
         seconds["initial_model"] = time.monotonic() - started
     output = engine.refine(source, initial, settings, work, warm_start_poses=poses)
     shutil.rmtree(final, ignore_errors=True)
@@ -73,6 +87,31 @@ def _find_start(layout: OutputLayout, warm_start: RunId | None) -> tuple[Path | 
         return volume, poses
     log.warning("warm_start_missing run=%s folder=%s", warm_start, folder)
     return None, None
+
+
+def _refused(
+    run_id: RunId,
+    engine_name: str,
+    settings: EngineSettings,
+    layout: OutputLayout,
+    n_particles: int,
+    refusal: SeedRefused,
+    seconds: dict[str, float],
+) -> RunResult:
+    """Return the record of a run that built nothing: no resolution, and why."""
+    return RunResult(
+        run_id=run_id,
+        engine=engine_name,
+        n_particles=n_particles,
+        symmetry=settings.symmetry,
+        resolution_angstrom=None,
+        cfar=None,
+        cfar_null=None,
+        scf_star=None,
+        note=f"refused: {refusal.rule}",
+        folder=layout.relative(layout.run(run_id)),
+        seconds=seconds,
+    )
 
 
 def _record(

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from models.reconstruction.acceptance import SeedAcceptance, judge_seed
 from models.reconstruction.online_em import EmProgress, EmResult, OnlineEmSettings, run_start
 from models.reconstruction.particle_data import ParticleData
 from models.reconstruction.projector import cube_to_volume
@@ -47,6 +48,7 @@ class InitialModel:
     reports: tuple[StartReport, ...]
     evidence_spread: float | None
     symmetry_score: float | None
+    acceptance: SeedAcceptance
 
 
 def find_initial_model(
@@ -74,20 +76,18 @@ def find_initial_model(
     reports = [StartReport(name=names[i], log_evidence=results[i].log_evidence) for i in order]
     spread = reports[0].log_evidence - reports[1].log_evidence if n_starts > 1 else None
     box = data.box_size_px
-    if len(group) == 1:
-        volume = cube_to_volume(results[order[0]].cube, box)
-        return InitialModel(
-            volume=volume, reports=tuple(reports), evidence_spread=spread, symmetry_score=None
-        )
-    polished, more, score = _impose(
-        data, settings, group, [results[i] for i in order], seed=seed, n_threads=n_threads,
-        on_progress=on_progress,
-    )  # fmt: skip
+    best, more, score = results[order[0]], list[StartReport](), None
+    if len(group) > 1:
+        best, more, score = _impose(
+            data, settings, group, [results[i] for i in order], seed=seed, n_threads=n_threads,
+            on_progress=on_progress,
+        )  # fmt: skip
     return InitialModel(
-        volume=cube_to_volume(polished.cube, box),
+        volume=cube_to_volume(best.cube, box),
         reports=(*reports, *more),
         evidence_spread=spread,
         symmetry_score=score,
+        acceptance=judge_seed(data, best, settings, torch.Generator().manual_seed(seed)),
     )
 
 

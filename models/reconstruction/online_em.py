@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from models.reconstruction.grids import asymmetric_unit, random_rotations, shift_grid, so3_grid
@@ -74,13 +74,19 @@ class EmProgress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmResult:
-    """One start's map (on the EM's own small box), and its mean log evidence per held-out image."""
+    """One start's map (on the EM's own small box), and the log evidence of each held-out image (nats)."""
 
     volume: Tensor
     cube: Tensor
     max_shell: float
-    log_evidence: float
+    evidence: Tensor
+    inverse_noise: Tensor
     fsc: Tensor
+
+    @property
+    def log_evidence(self) -> float:
+        """The mean over held-out images: what starts are ranked by."""
+        return float(self.evidence.double().mean())
 
 
 def soft_sphere(box_size_px: int, diameter_px: float, edge_px: float) -> Float[Tensor, "n n n"]:
@@ -112,9 +118,7 @@ class OnlineEm:
         self.inverse_noise = (1.0 / noise)[self.data.plane.shell]
         self.inverse_noise[0] = 0.0  # the mean carries the background, not the particle
         n = len(data)
-        self.n_held_out = min(settings.n_held_out, n // 5)
-        # Held-out images are the same for every start: a fixed stride through the set.
-        held = torch.linspace(0, n - 1, self.n_held_out).round().long()
+        held = held_out_rows(n, settings)
         is_training = torch.ones(n, dtype=torch.bool)
         is_training[held] = False
         self.held_out, self.training = held, is_training.nonzero()[:, 0]
@@ -158,11 +162,6 @@ class OnlineEm:
         first, last = min(s.first_batch, max(1, n // 4)), min(s.last_batch, max(1, n // 2))
         return int(first + (last - first) * min(1.0, self._fraction() / 0.3))
 
-    def _search(self, *, is_fine: bool) -> ShiftSearch:
-        box, s = self.data.box_size_px, self.settings
-        extent, step = (2, s.shift_step_fraction * box) if is_fine else (1, 1.5 * s.shift_step_fraction * box)
-        return ShiftSearch.gaussian(shift_grid(extent, step), s.shift_sigma_fraction * box)
-
     def _next_batch(self) -> Tensor:
         size = self.batch_size()
         while self.queue.numel() < size:
@@ -196,7 +195,7 @@ class OnlineEm:
     def step(self) -> EmProgress:
         """Run one iteration: E-step on a batch, M-step into the accumulators, new map."""
         shell, is_fine = self.shell(), self.shell() >= self.settings.fine_grid_from_shell
-        search = self._search(is_fine=is_fine)
+        search = _shift_search(self.data.box_size_px, self.settings, is_fine=is_fine)
         turn = random_rotations(1, self.generator)[0]
         rotations = asymmetric_unit((self.fine if is_fine else self.coarse) @ turn, self.group)
         batch = self.data.take(self._next_batch()).within(shell)
@@ -282,22 +281,9 @@ class OnlineEm:
         self.volume = volume * self.mask
         self.cube = volume_to_cube(self.volume, self.max_shell)
 
-    def log_evidence(self) -> float:
-        """Return the mean log marginal likelihood of the held-out images at β = 1 on the fine grid (nats)."""
-        held = self.data.take(self.held_out)
-        search = self._search(is_fine=True)
-        projections = Projections.of(extract_slices(self.cube, self.fine, held.plane))
-        images, weights = weighted_images(held, self.inverse_noise)
-        phases = held.plane.phases(search.shifts_xy_px)
-        size = block_size(phases.shape[0], self.fine.shape[0])
-        total = 0.0
-        with fast_products():
-            for part, part_weights in zip(images.split(size), weights.split(size), strict=True):
-                scores = score_block(shifted_matrix(part, phases), part_weights, projections, search, 1.0)
-                top = scores.amax((1, 2), keepdim=True)
-                log_sum = scores.sub_(top).exp_().sum((1, 2)).log() + top[:, 0, 0]
-                total += float(log_sum.double().sum())
-        return total / max(1, len(held)) - math.log(self.fine.shape[0])
+    def held_out_evidence(self) -> Float[Tensor, " h"]:
+        """Return each held-out image's log marginal likelihood over no particle at all, at β = 1 (nats)."""
+        return evidence_of(self.data.take(self.held_out), self.cube, self.inverse_noise, self.settings)
 
     def full_size_volume(self) -> Float[Tensor, "n n n"]:
         """Return the map on the images' box."""
@@ -309,9 +295,48 @@ class OnlineEm:
             volume=self.volume,
             cube=self.cube,
             max_shell=self.max_shell,
-            log_evidence=self.log_evidence(),
+            evidence=self.held_out_evidence(),
+            inverse_noise=self.inverse_noise,
             fsc=self.fsc,
         )
+
+
+def held_out_rows(n_images: int, settings: OnlineEmSettings) -> Int[Tensor, " h"]:
+    """Return which images no start is trained on: the same for all of them, a fixed stride through the set."""
+    n_held_out = min(settings.n_held_out, n_images // 5)
+    return torch.linspace(0, n_images - 1, n_held_out).round().long()
+
+
+def evidence_of(
+    data: ParticleData,
+    cube: Float[Tensor, "2 d d d"],
+    inverse_noise: Float[Tensor, "k"],
+    settings: OnlineEmSettings,
+) -> Float[Tensor, " b"]:
+    """Return log ∫ p(image | pose) / p(image | nothing) over the fine grid and its shifts, per image in nats.
+
+    `data` and `inverse_noise` reach as far as the cube. For noise of that variance and a map that has not seen the
+    image, the ratio is 1 on average, so that its logarithm is below 0 on average, whatever the map.
+    """
+    rotations = so3_grid(2)
+    search = _shift_search(data.box_size_px, settings, is_fine=True)
+    projections = Projections.of(extract_slices(cube, rotations, data.plane))
+    images, weights = weighted_images(data, inverse_noise)
+    phases = data.plane.phases(search.shifts_xy_px)
+    size = block_size(phases.shape[0], rotations.shape[0])
+    parts = []
+    with fast_products():
+        for part, part_weights in zip(images.split(size), weights.split(size), strict=True):
+            scores = score_block(shifted_matrix(part, phases), part_weights, projections, search, 1.0)
+            parts.append(torch.logsumexp(scores.flatten(1), dim=1))
+    return torch.cat(parts) - math.log(rotations.shape[0])
+
+
+def _shift_search(box_size_px: int, settings: OnlineEmSettings, *, is_fine: bool) -> ShiftSearch:
+    step = settings.shift_step_fraction * box_size_px * (1.0 if is_fine else 1.5)
+    return ShiftSearch.gaussian(
+        shift_grid(2 if is_fine else 1, step), settings.shift_sigma_fraction * box_size_px
+    )
 
 
 def run_start(

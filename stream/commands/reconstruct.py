@@ -13,7 +13,8 @@ from stream.commands.common import AsJson, console, print_json
 
 HELP = """Reconstruct a map from particles: initial model, gold-standard refinement, orientation diagnostics.
 
-Half sets are taken from rlnRandomSubset where the file has it and assigned per micrograph otherwise.
+Half sets are taken from rlnRandomSubset where the file has it and assigned per micrograph otherwise. Particles that do
+not determine a map (noise, featureless blobs) are refused before anything is built on them: exit code 1.
 
 Example: icestream reconstruct particles.star --out run --symmetry D2 --mask-diameter-angstrom 200
 """
@@ -51,7 +52,7 @@ def reconstruct(
     as_json: AsJson = False,
 ) -> None:
     """Run the engine from particles to diagnostics and print the result."""
-    from actors.engines.base import EngineInput, EngineProgress, EngineSettings
+    from actors.engines.base import EngineInput, EngineProgress, EngineSettings, SeedRefused
     from actors.engines.session_run import make_engine
     from stream.records.errors import ConfigurationError
 
@@ -80,7 +81,12 @@ def reconstruct(
     seconds: dict[str, float] = {}
     start_map = initial
     if start_map is None:
-        start_map = chosen.initial_model(source, settings, out, progress=show)
+        try:
+            start_map = chosen.initial_model(source, settings, out, progress=show)
+        except SeedRefused as refusal:
+            if as_json:
+                print_json({"resolution_angstrom": None, "is_refused": True, "note": refusal.rule})
+            raise
         seconds["initial_model"] = round(time.monotonic() - started, 3)
     output = chosen.refine(source, start_map, settings, out, warm_start_poses=poses, progress=show)
     seconds |= dict(output.seconds)

@@ -15,7 +15,7 @@ import starfile
 import torch
 
 from actors.engines import embedded
-from actors.engines.base import EngineInput, EngineProgress, EngineSettings, EngineStopped
+from actors.engines.base import EngineInput, EngineProgress, EngineSettings, EngineStopped, SeedRefused
 from actors.engines.embedded import EmbeddedEngine
 from actors.engines.incremental_run import state_after
 from actors.engines.particle_images import assign_half_sets, good_size_at_most, load_particles
@@ -223,6 +223,47 @@ def test_an_initial_model_is_written_with_every_start_that_was_tried(
     starts = json.loads((tmp_path / "initial.json").read_text())["starts"]
     assert len(starts) == 1
     assert np.isfinite(starts[0]["log_evidence_nats"])
+
+
+def _noise_images(folder: Path, n: int) -> EngineInput:
+    generator = np.random.default_rng(5)
+    with mrcfile.new(folder / "stack.mrcs") as handle:
+        handle.set_data(generator.standard_normal((n, BOX, BOX)).astype(np.float32))
+    table = pd.DataFrame(
+        {
+            "rlnImageName": [f"{i + 1:06d}@stack.mrcs" for i in range(n)],
+            "rlnMicrographName": [f"mic{i // 30}.mrc" for i in range(n)],
+            "rlnDefocusU": generator.uniform(10_000, 22_000, n),
+            "rlnDefocusV": generator.uniform(10_000, 22_000, n),
+            "rlnDefocusAngle": generator.uniform(0, 180, n),
+            "rlnOpticsGroup": 1,
+        }
+    )
+    optics = pd.DataFrame(
+        {
+            "rlnOpticsGroup": [1], "rlnOpticsGroupName": ["o1"], "rlnVoltage": [300.0],
+            "rlnSphericalAberration": [2.7], "rlnAmplitudeContrast": [0.1], "rlnImagePixelSize": [PIXEL],
+            "rlnImageSize": [BOX], "rlnImageDimensionality": [2],
+        }
+    )  # fmt: skip
+    starfile.write({"optics": optics, "particles": table}, folder / "noise.star")
+    return EngineInput(particles_star=folder / "noise.star", root=folder)
+
+
+@pytest.mark.parametrize("symmetry", ["C1", "D2"])
+def test_noise_is_refused_before_anything_is_built_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, symmetry: str
+) -> None:
+    # The judgement holds for whatever map a search came up with, so that a short one is enough.
+    monkeypatch.setitem(embedded._EFFORT, "quick", (4, 40))
+    source = _noise_images(tmp_path, 300)
+    settings = EngineSettings(effort="quick", n_starts=1, seed=1, symmetry=symmetry)
+    with pytest.raises(SeedRefused, match="no better than"):
+        EmbeddedEngine().initial_model(source, settings, tmp_path / "run")
+    told = json.loads((tmp_path / "run" / "initial.json").read_text())["acceptance"]
+    assert not told["is_accepted"]
+    assert told["log_evidence"] < 0.5
+    assert not (tmp_path / "run" / "initial.mrc").exists()
 
 
 def test_a_run_stops_when_asked(particles: Path, tmp_path: Path) -> None:
