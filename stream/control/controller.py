@@ -387,7 +387,7 @@ class Controller:
     # --- the gain reference --------------------------------------------------------------------------
 
     def _ask_gain(self, at: float) -> list[Command]:
-        if self.is_draining or self._is_disk_low:
+        if self.gain.hold is None or self.is_draining or self._is_disk_low:
             return []
         question = self.gain.ask(self._list_waiting_movies(), is_input_ended=self.is_input_ended)
         if self.gain.is_given_up and not self._is_hold_told:
