@@ -16,10 +16,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from actors.cryogem.generation import BANK_FILE, GENERATOR_FILE, Noise, make_noise
+from actors.cryogem.generation import (
+    BANK_FILE,
+    GENERATOR_FILE,
+    Noise,
+    fit_session_noise,
+    make_noise,
+    noise_by_formula,
+)
 from models.cryogem.bank import SessionBank, load_bank
 from models.cryogem.baselines import NOISE_MODELS
-from models.cryogem.evaluation import Distances, measure_distances, ranker_features
+from models.cryogem.evaluation import Distances, content_correlation, measure_distances, ranker_features
 from models.cryogem.greys import levels_to_network_range
 from models.cryogem.pairs import Purpose, random_stream
 from models.cryogem.physics import build_physics
@@ -28,15 +35,20 @@ from stream.records.errors import ConfigurationError, InputError
 from stream.store.files import replacing
 
 _PATCH_PER_DIAMETER = 1.5
+_PAPER_SNR = 0.1
 _PANEL_PX = 256
 _PANEL = ("real", "physics", "gaussian")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """Distances to the held-out micrographs by set; how many micrographs and patches each has."""
+    """Distances to the held-out micrographs by set; how many micrographs and patches each has.
+
+    `content` is the correlation of each made set with its noise-free micrographs.
+    """
 
     distances: Mapping[str, Distances]
+    content: Mapping[str, float]
     n_micrographs: int
     n_patches: int
     patch_px: int
@@ -62,13 +74,16 @@ def evaluate_trainings(
     patch_px = min(patch_px, *bank.shape_yx)
     features = ranker_features()
     found: dict[str, Distances] = {}
+    content: dict[str, float] = {}
+    diameter_px = bank.facts.diameter_angstrom / bank.facts.pixel_size_angstrom
     shown: dict[str, Tensor] = {"real": real[0]}
 
-    def measure(name: str, images: Sequence[Tensor]) -> None:
+    def measure(name: str, images: Sequence[Tensor], clean: Sequence[Tensor]) -> None:
+        content[name] = content_correlation(clean, images, diameter_px)
         found[name] = measure_distances(real, images, features, patch_px=patch_px)
         shown.setdefault(name, images[0])
         if on_progress is not None:
-            on_progress(f"{name}: {found[name]}")
+            on_progress(f"{name}: {found[name]}, content {content[name]:.3f}")
 
     if len(others) == n:
         found["real"] = measure_distances(real, others, features, patch_px=patch_px)
@@ -84,14 +99,19 @@ def evaluate_trainings(
             return [noise(x, random_stream(seed, Purpose.GENERATION, i, 1)) for i, x in enumerate(images)]
 
         if position == 0:
-            measure("physics", noisy(make_noise("none", stage, network)))
+            measure("physics", noisy(make_noise("none", stage, network)), clean)
+            fit = fit_session_noise(stage)
             for model in NOISE_MODELS:
-                measure(model, noisy(make_noise(model, stage, network)))
-        measure(folder.name, noisy(make_noise("cryogem", stage, network)))
+                measure(model, noisy(noise_by_formula(model, fit)), clean)
+                at_paper = noise_by_formula(model, fit.at_snr(_PAPER_SNR))
+                measure(f"{model} at SNR {_PAPER_SNR}", noisy(at_paper), clean)
+        measure(folder.name, noisy(make_noise("cryogem", stage, network)), clean)
     if panel is not None:
         _write_panel(panel, [shown[name] for name in (*_PANEL, folders[0].name)])
     n_patches = n * (bank.shape_yx[0] // patch_px) * (bank.shape_yx[1] // patch_px)
-    return Evaluation(distances=found, n_micrographs=n, n_patches=n_patches, patch_px=patch_px)
+    return Evaluation(
+        distances=found, content=content, n_micrographs=n, n_patches=n_patches, patch_px=patch_px
+    )
 
 
 def _common_bank(folders: Sequence[Path]) -> SessionBank:

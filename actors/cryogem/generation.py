@@ -32,7 +32,7 @@ from torch import Tensor
 
 from actors.cryogem.config import GenerateConfig, NoiseName
 from models.cryogem.bank import load_bank
-from models.cryogem.baselines import NoiseFit, add_noise, fit_noise
+from models.cryogem.baselines import NoiseFit, NoiseModel, add_noise, fit_noise
 from models.cryogem.greys import from_network_range, levels_to_network_range, to_network_range
 from models.cryogem.networks import UnetGenerator
 from models.cryogem.pairs import Purpose, random_stream, torch_stream
@@ -143,7 +143,11 @@ def make_noise(model: NoiseName, stage: PhysicsStage, network: UnetGenerator) ->
         return lambda physics, rng: translate(
             network, add_input_noise(physics, stage.noise_sd, torch_stream(rng))
         )
-    fit = fit_session_noise(stage)
+    return noise_by_formula(model, fit_session_noise(stage))
+
+
+def noise_by_formula(model: NoiseModel, fit: NoiseFit) -> Noise:
+    """Return the function that adds fitted noise."""
     return lambda physics, rng: add_noise(physics, model, fit, rng)
 
 

@@ -1,7 +1,7 @@
 """Noise by formula, fitted to the real micrographs: Gaussian, Poisson, and both (the paper's baselines).
 
 The share of signal and noise is fitted on ring spectra, P_real ≈ a P_phy + b, in relative least squares with a, b ≥ 0. The
-paper fixes the signal-to-noise ratio at 0.1 instead; a fit makes the baselines as good as they can be.
+paper fixes the signal-to-noise ratio at 0.1 instead (`NoiseFit.at_snr`).
 Poisson's dose follows from mean and noise variance of the micrographs' own values (variance = mean × gain); in the mixture
 its share follows from their third cumulant.
 """
@@ -9,7 +9,7 @@ its share follows from their third cumulant.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -40,6 +40,10 @@ class NoiseFit:
     counts: float
     mixed_counts: float
     poisson_share: float
+
+    def at_snr(self, snr: float) -> NoiseFit:
+        """Return the fit with another ratio of signal to noise variance; 0.1 is the paper's."""
+        return replace(self, signal_variance=snr / (1.0 + snr), noise_variance=1.0 / (1.0 + snr))
 
 
 def fit_noise(

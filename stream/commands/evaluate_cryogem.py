@@ -49,6 +49,12 @@ def evaluate_cryogem(
         print_json(asdict(found))
         return
     typer.echo(f"{found.n_micrographs} micrographs, {found.n_patches} patches of {found.patch_px} px")
-    typer.echo(f"{'set':24}{'Fréchet x1000':>15}{'spectrum':>11}{'patches':>10}")
+    typer.echo(f"{'set':30}{'Fréchet x1000':>15}{'spectrum':>11}{'patches':>10}{'content':>10}")
     for name, d in found.distances.items():
-        typer.echo(f"{name:24}{d.frechet_x1000:15.2f}{d.spectrum:11.3f}{d.patches:10.3f}")
+        typer.echo(
+            f"{name:30}{d.frechet_x1000:15.2f}{d.spectrum:11.3f}{d.patches:10.3f}{_number(found.content.get(name))}"
+        )
+
+
+def _number(value: float | None) -> str:
+    return f"{'':>10}" if value is None else f"{value:10.3f}"

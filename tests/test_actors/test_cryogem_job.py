@@ -406,14 +406,9 @@ def test_the_commands_print_their_contract(trained, tmp_path):
     assert [Path(p).is_file() for p in made["micrographs"]] == [True]
     assert Path(made["annotations"]).is_file()
     judged = run_command("evaluate", "cryogem", trained, "--panel", tmp_path / "panel.png", "--json")
-    assert set(judged["distances"]) == {
-        "real",
-        "physics",
-        "gaussian",
-        "poisson",
-        "poisson_gaussian",
-        trained.name,
-    }
+    formulas = {f"{m}{at}" for m in ("gaussian", "poisson", "poisson_gaussian") for at in ("", " at SNR 0.1")}
+    assert set(judged["distances"]) == {"real", "physics", *formulas, trained.name}
+    assert judged["content"]["physics"] > judged["content"]["gaussian at SNR 0.1"] > 0.3
     assert judged["distances"]["real"]["spectrum"] < judged["distances"]["physics"]["spectrum"]
     assert Image.open(tmp_path / "panel.png").size == (4 * 128, 128)
 

@@ -8,6 +8,7 @@ import torch
 
 from models.cryogem.baselines import NOISE_MODELS, add_noise, fit_noise
 from models.cryogem.evaluation import (
+    content_correlation,
     cut_patches,
     frechet_distance,
     measure_distances,
@@ -91,6 +92,9 @@ def test_fit_finds_the_signal_to_noise_ratio(ratio):
     fit = fit_noise(signals, real, measure_greys(real[0]), diameter_px=60.0)
     assert fit.signal_variance / fit.noise_variance == pytest.approx(ratio, rel=0.15)
     assert fit.signal_variance + fit.noise_variance == pytest.approx(1.0)
+    fixed = fit.at_snr(0.1)
+    assert fixed.signal_variance / fixed.noise_variance == pytest.approx(0.1)
+    assert fixed.counts == fit.counts
 
 
 def test_poisson_fit_finds_the_dose():
@@ -125,3 +129,12 @@ def test_baselines_reproduce_the_fitted_spectrum(model):
     rng = np.random.default_rng(1)
     made = [add_noise(s, model, fit, rng) for s in signals]
     assert spectrum_distance([to_network_range(r) for r in real], made) < 0.12
+
+
+def test_content_is_what_is_left_of_the_particles():
+    clean = [structure(i) for i in range(3)]
+    assert content_correlation(clean, clean, 30.0) == pytest.approx(1.0)
+    assert abs(content_correlation(clean, [structure(20 + i) for i in range(3)], 30.0)) < 0.1
+    # white noise of ten times the variance is mostly outside the band
+    assert content_correlation(clean, [c + 3.0 * white(i) for i, c in enumerate(clean)], 30.0) > 0.8
+    assert content_correlation(clean, [-c for c in clean], 30.0) == pytest.approx(-1.0)
