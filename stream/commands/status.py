@@ -52,6 +52,14 @@ def print_status(document: Mapping[str, Any]) -> None:
         f"{particles['above_threshold']} above {particles['score_threshold']} · {particles['excluded']} excluded · "
         f"{particles['rejected']} in rejected exposures"
     )
+    gain = document["gain"]
+    if gain["orientation"] is not None:
+        turned = (
+            ", ".join(f"{key} {value}" for key, value in gain["orientation"].items() if value) or "as it is"
+        )
+        console.print(f"gain       orientation found: {turned}")
+    if gain["residual"] is not None:
+        console.print(f"gain       residual {gain['residual']:+.3f} over the last movies")
     for stage, why in document["holds"].items():
         console.print(f"[yellow]waiting[/yellow]    {stage}: {escape(why)}")
     if document["runs"]:
