@@ -25,6 +25,8 @@ _STEPS_ANGSTROM = {
     "local_angstrom": (0.0, *(0.05 * 2.0**i for i in range(9))),
 }
 _START_ANGSTROM = {"drift_angstrom": 16.0, "jitter_angstrom": 0.08, "local_angstrom": 0.4}
+# Parts of a smooth mode below a thousandth of its amplitude are left out.
+_MIN_EIGENVALUE = 1e-6
 # What motion of no consequence costs, in nats: local motion has to be that much more probable than none.
 _MIN_EVIDENCE = 2.0
 
@@ -64,6 +66,9 @@ class MotionPosterior:
         self._scale = torch.tensor(mode_scale, dtype=torch.float64, device=kernel.device)
         self._pixel = pixel_size_angstrom
         self._n_modes, self._n_frames = len(mode_scale), len(kernel)
+        values, vectors = torch.linalg.eigh(kernel)
+        kept = values > _MIN_EIGENVALUE * values[-1]
+        self._smooth_root = vectors[:, kept] * values[kept].sqrt()
 
     def solve(
         self,
@@ -98,17 +103,20 @@ class MotionPosterior:
         still = replace(prior, local_angstrom=0.0)
         return prior if evidence(prior) > evidence(still) + _MIN_EVIDENCE else still
 
-    def _root(self, prior: MotionPrior) -> Float[Tensor, "mf mf"]:
-        """Return the Cholesky factor of the prior covariance of (mode, frame)."""
-        n = self._n_frames
+    def _root(self, prior: MotionPrior) -> Float[Tensor, "mf rank"]:
+        """Return a root of the prior covariance of (mode, frame); smooth modes have only a few degrees of freedom."""
+        n, rank = self._smooth_root.shape
         eye = torch.eye(n, dtype=torch.float64, device=self._kernel.device)
-        root = torch.zeros(self._n_modes * n, self._n_modes * n, dtype=torch.float64, device=eye.device)
-        smooth = self._kernel + 1e-9 * eye
-        drift = (prior.drift_angstrom / self._pixel) ** 2 * smooth
-        root[:n, :n] = torch.linalg.cholesky(drift + (prior.jitter_angstrom / self._pixel) ** 2 * eye)
-        local = torch.linalg.cholesky(smooth) * (prior.local_angstrom / self._pixel)
+        drift = (prior.drift_angstrom / self._pixel) ** 2 * (self._kernel + 1e-9 * eye)
+        jitter = (prior.jitter_angstrom / self._pixel) ** 2 * eye
+        root = torch.zeros(
+            self._n_modes * n, n + (self._n_modes - 1) * rank, dtype=torch.float64, device=eye.device
+        )
+        root[:n, :n] = torch.linalg.cholesky(drift + jitter)
         for m in range(1, self._n_modes):
-            root[m * n : (m + 1) * n, m * n : (m + 1) * n] = local * self._scale[m]
+            amplitude = self._scale[m] * prior.local_angstrom / self._pixel
+            first = n + (m - 1) * rank
+            root[m * n : (m + 1) * n, first : first + rank] = amplitude * self._smooth_root
         return root
 
     def _evidence(self, information: Tensor, vector: Tensor, prior: MotionPrior) -> float:

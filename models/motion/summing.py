@@ -21,7 +21,7 @@ from models.motion.local import LocalMotion, spatial_basis
 from models.motion.tiles import TileGrid, mirrored
 
 # Cores of tiles to choose from, in pixels; without local motion the largest one is cheapest.
-_CORES_PX = (528, 272, 112)
+_CORES_PX = (528, 272, 176, 112)
 # The greatest rms over the frames by which motion may differ between a tile's centre and its edge: at half the
 # Nyquist frequency that costs 3 % of the signal in the worst place.
 _SPREAD_PX = 0.15
