@@ -179,7 +179,8 @@ def climb(likelihood: Likelihood, start: FloatArray, search: CtfSearch) -> tuple
         below = max(0.0, 0.9 * search.min_defocus_angstrom - point[0])
         above = max(0.0, point[0] - 1.1 * search.max_defocus_angstrom)
         outside = max(0.0, low - point[3], point[3] - high) if n_free == 4 else 0.0
-        penalty = 0.1 * (excess + below + above) + outside
+        # walls, steeper than any likelihood
+        penalty = 10.0 * (excess + below + above) + 1e3 * outside
         return penalty - likelihood(point) - float(search.log_prior(amplitude))
 
     simplex = np.vstack([np.zeros(n_free), np.eye(n_free)])
@@ -187,6 +188,7 @@ def climb(likelihood: Likelihood, start: FloatArray, search: CtfSearch) -> tuple
     result = minimize(loss, np.zeros(n_free), method="Nelder-Mead", options=options)
     point = start.copy()
     point[:n_free] += result.x * scales
+    point[3] = min(max(point[3], low), high)
     return point, -float(result.fun)
 
 
