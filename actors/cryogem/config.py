@@ -6,8 +6,9 @@ A relative path means a path below the folder that holds the YAML file.
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -43,6 +44,21 @@ class SourceConfig:
     max_ctf_fit_angstrom: float | None = None
     collapse_ratio: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.n_micrographs < 2:
+            raise ValueError(f"n_micrographs: {self.n_micrographs}, must be 2 or more (one is held out)")
+        if not 0.0 < self.held_out_fraction < 1.0:
+            raise ValueError(f"held_out_fraction: {self.held_out_fraction}, must lie in (0, 1)")
+        if self.short_side_px < 64:
+            raise ValueError(f"short_side_px: {self.short_side_px}, must be 64 or more")
+        if self.collapse_ratio is not None and not 0.0 <= self.collapse_ratio < 1.0:
+            raise ValueError(f"collapse_ratio: {self.collapse_ratio}, must lie in [0, 1)")
+
+    def describe(self) -> str:
+        """Return what was asked for as one line of JSON, without the folder where it was looked for."""
+        values = {name: value for name, value in asdict(self).items() if name != "session"}
+        return json.dumps(values, default=str, sort_keys=True)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
@@ -53,6 +69,10 @@ class TrainConfig:
     physics: PhysicsSettings = field(default_factory=PhysicsSettings)
     networks: NetworkSettings = field(default_factory=NetworkSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
+
+    def __post_init__(self) -> None:
+        if self.cpus < 1:
+            raise ValueError(f"cpus: {self.cpus}, must be 1 or more")
 
     @property
     def settings(self) -> CryogemSettings:

@@ -107,6 +107,7 @@ def read_session_bank(
         n_held_out=held_out,
         skipped=dict(skipped),
         sources=tuple(str(m) for m in maps),
+        request=source.describe(),
     )
     log.info("bank_built micrographs=%d skipped=%s", len(used), dict(skipped))
     return SessionBank(

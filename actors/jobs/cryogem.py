@@ -70,7 +70,11 @@ def prepare_bank(config: TrainConfig, folder: Path) -> SessionBank:
     """Return the folder's bank; the first time, read the session and write it."""
     path = folder / BANK_FILE
     if path.is_file():
-        return load_bank(path)
+        bank = load_bank(path)
+        if bank.facts.request != config.source.describe():
+            rule = f"its source is what the folder was made with ({bank.facts.request}); take another folder"
+            raise ConfigurationError(path, rule, config.source.describe())
+        return bank
 
     def report(done: int, total: int) -> None:
         if done % _REPORT_EVERY == 0 or done == total:

@@ -28,7 +28,8 @@ class BankFacts:
 
     `pixel_size_angstrom` is that of the working frames, `micrograph_pixel_size_angstrom` of the session's
     micrographs. `spacing_px` is the least Chebyshev distance of two particles in working pixels. The last
-    `n_held_out` micrographs are for evaluation alone. `skipped` counts, by reason, what was left out.
+    `n_held_out` micrographs are for evaluation alone. `skipped` counts, by reason, what was left out; `sources` are the
+    maps, `request` is what was asked for.
     """
 
     pixel_size_angstrom: float
@@ -43,6 +44,7 @@ class BankFacts:
     n_held_out: int
     skipped: Mapping[str, int]
     sources: tuple[str, ...]
+    request: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

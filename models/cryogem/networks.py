@@ -84,8 +84,11 @@ class UnetGenerator(nn.Module):
         multiple = self.settings.multiple_px
         if height % multiple or width % multiple:
             raise ValueError(f"image: {height} x {width} px, sides must be multiples of {multiple}")
+        return self.decode(self.encode(image, self.settings.depth - 1))
+
+    def decode(self, features: Sequence[Tensor]) -> Float[Tensor, "b 1 h w"]:
+        """Return the translated image from the features of all levels but the innermost."""
         depth = self.settings.depth
-        features = self.encode(image, depth - 1)
         value = functional.relu(self.down[depth - 1](features[-1]))
         for level in range(depth - 1, 0, -1):
             value = functional.instance_norm(self.up[level](value))

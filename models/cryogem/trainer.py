@@ -50,7 +50,8 @@ class CryogemTrainer:
         training = self.settings.training
         source, real = pair.source.to(self.device), pair.real.to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=training.precision == "bf16"):
-            fake = self.generator(source)
+            features = self.generator.encode(source, self.settings.networks.depth - 1)
+            fake = self.generator.decode(features)
             judged_real, judged_fake = self.discriminator(real), self.discriminator(fake.detach())
         d_loss = discriminator_loss(judged_real.float(), judged_fake.float(), training.gan_form)
         self._update(d_loss, ("discriminator",))
@@ -61,9 +62,8 @@ class CryogemTrainer:
             vectors = None
             if places is not None:
                 where = torch.cat((places.particle, places.background)).to(self.device)
-                vectors = [
-                    self.heads(self.generator.encode(image, n_levels), where) for image in (source, fake)
-                ]
+                encoded = (features, self.generator.encode(fake, n_levels))
+                vectors = [self.heads(levels, where) for levels in encoded]
         g_loss = generator_loss(judged.float(), training.gan_form)
         nce = torch.full((), torch.nan)
         total = g_loss

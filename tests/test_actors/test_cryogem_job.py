@@ -187,6 +187,25 @@ def test_a_session_without_a_map_says_so(session, tmp_path):
         read_session_bank(source(layout))
 
 
+def test_a_runs_mask_is_applied_and_must_fit(session, tmp_path):
+    layout = copied(session, tmp_path)
+    path = layout.root / "runs" / "run-truth" / "map.mrc"
+    with mrcfile.open(path) as handle:
+        size, pixel = handle.data.shape[0], float(handle.voxel_size.x)
+    x = np.arange(size) - size // 2
+    ball = (x[:, None, None] ** 2 + x[:, None] ** 2 + x**2 < (0.3 * size) ** 2).astype(np.float32)
+    for shape, is_good in ((ball, True), (ball[:-2, :-2, :-2], False)):
+        with mrcfile.new(path.with_name("mask.mrc"), shape, overwrite=True) as handle:
+            handle.voxel_size = pixel
+        if is_good:
+            inside = read_session_bank(source(layout))
+            whole = read_session_bank(source(OutputLayout(session)))
+            assert inside.facts.diameter_angstrom < 0.9 * whole.facts.diameter_angstrom
+            continue
+        with pytest.raises(InputError, match=r"map\.mrc: a map and its mask mask\.mrc have one shape"):
+            read_session_bank(source(layout))
+
+
 def test_several_maps_are_conformations_of_one_box(session, tmp_path):
     layout = copied(session, tmp_path)
     first = layout.root / "runs" / "run-truth" / "map.mrc"
@@ -203,6 +222,9 @@ def test_the_bank_is_read_once(session, tmp_path):
     again = prepare_bank(config, tmp_path / "out")
     assert torch.equal(first.micrographs, again.micrographs)
     assert first.facts == again.facts
+    changed = write_config(tmp_path, layout.root, source={"n_micrographs": 3})
+    with pytest.raises(ConfigurationError, match="take another folder"):
+        prepare_bank(read_train_config(changed), tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -213,6 +235,9 @@ def test_the_bank_is_read_once(session, tmp_path):
         ({"training": {"n_simulated": "many"}}, "training.n_simulated: Input should be a valid integer"),
         ({"physics": {"snr": -1.0}}, "snr: -1.0, must be over 0"),
         ({"source": {"session": None}}, "source.session"),
+        ({"source": {"n_micrographs": 1}}, "n_micrographs: 1, must be 2 or more"),
+        ({"source": {"held_out_fraction": 1.0}}, "held_out_fraction: 1.0"),
+        ({"cpus": 0}, "cpus: 0, must be 1 or more"),
     ],
 )
 def test_wrong_configurations_name_the_key(session, tmp_path, change, message):
