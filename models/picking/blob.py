@@ -83,7 +83,7 @@ def pick_blobs(micrograph: Float[Tensor, "h w"], pixel_size_angstrom: float, set
         micrograph,
         pixel_size_angstrom,
         coarse_pixel_angstrom=settings.min_diameter_angstrom / PIXELS_PER_DIAMETER,
-        diameter_angstrom=settings.max_diameter_angstrom,
+        diameter_angstrom=mean_diameter,
         contamination_sd=settings.contamination_sd,
     )
     pixel = coarse.pixel_size_angstrom

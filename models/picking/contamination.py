@@ -23,13 +23,16 @@ _EDGE_SEPARATION = 4.5
 _MIN_EDGE_FRACTION = 0.08
 # Of the smaller side's area, at most this much may lie between the two values: a dome is not an edge.
 _MAX_BETWEEN = 0.3
-# Twice the limit marks what is too strong for a particle, however small (safe: 1.7-3).
-_STRONG = 2.0
+# What is larger than this many particles is none; nor is what is this much over the limit, however small
+# (isolated particles of ferritin reach 0.8 of the limit; safe: 1.3-3).
+_LARGE, _STRONG = 1.2, 1.5
 # Found areas reach down to this part of the limit or of their own peak, whichever is more: half of the peak is
 # where a smoothed edge lies, and what is uneven inside needs some room below (safe: 0.25-0.5, and 0.5-0.7 of a logarithm).
 _REACH, _REACH_OF_PEAK, _REACH_OF_LOG_PEAK = 0.5, 0.35, 0.6
 # Spreads of the two maps below which differences are noise: in grey SD, and in log variance.
-_MIN_SPREAD, _MIN_LOG_SPREAD = 0.05, 0.1
+_MIN_SPREAD, _MIN_LOG_SPREAD = 0.05, 0.15
+# Squares count up to this many times the variance (safe: 9-25).
+_OUTLIER_VARIANCE = 16.0
 
 
 def find_contamination(
@@ -39,23 +42,26 @@ def find_contamination(
 
     In order: the smaller side of a sharp edge between two brightnesses or textures (carbon, holes); areas whose local mean
     (over a third of a diameter, less a plane) or local log variance (over one and a half) is off by more than
-    `limit_sd` robust standard deviations. Such an area counts when it is larger than one and a half particles,
-    or twice as strong; it is followed out to half the limit (or a third of its own peak), filled and grown by a quarter of a diameter.
+    `limit_sd` robust standard deviations. Such an area counts when it is larger than a particle, or half as
+    strong again; it is followed out to half the limit (or a third of its own peak), filled and grown by a quarter of a diameter.
     """
     particle_px = math.pi * (0.5 * diameter_px) ** 2
     mean = smooth_gaussian(image, max(1.0, 0.35 * diameter_px))
     residual = image - mean
+    # a few columns of the detector that are far off must not spread over a diameter and a half
+    typical = 2.2 * float(residual.square().median())
+    squares = residual.square().clamp(max=_OUTLIER_VARIANCE * max(typical, 1e-30))
     texture_sd = float(residual.std())
     if texture_sd <= 0.0:
         return torch.zeros(image.shape, dtype=torch.bool)
     mask = _smaller_side_of_an_edge(smooth_gaussian(image, 1.5 * diameter_px).numpy())
     if not mask.any():
-        mask = _smaller_side_of_an_edge(_log_variance(residual.square(), diameter_px))
+        mask = _smaller_side_of_an_edge(_log_variance(squares, diameter_px))
     level = mean.numpy() - _plane_of(mean.numpy(), ~mask)
     found = _odd_areas(level, mask, _MIN_SPREAD * texture_sd, limit_sd, particle_px, _REACH_OF_PEAK)
     # what is odd in brightness must not lend its variance, least of all its rim's, to its surroundings
     lent = torch.from_numpy(grow(mask | found, 0.75 * diameter_px))
-    squares = torch.where(lent, residual.square().median() * 2.2, residual.square())
+    squares = torch.where(lent, typical, squares)
     found |= _odd_areas(
         _log_variance(squares, diameter_px),
         mask | found,
@@ -150,7 +156,7 @@ def _odd_areas(
     index = np.arange(1, n_seeds + 1)
     areas = np.bincount(seeds.ravel(), minlength=n_seeds + 1)[1:]
     peaks = ndimage.maximum(z, seeds, index)
-    is_seed = (areas > 1.5 * particle_px) | ((areas > 0.5 * particle_px) & (peaks > _STRONG * limit_sd))
+    is_seed = (areas > _LARGE * particle_px) | ((areas > 0.5 * particle_px) & (peaks > _STRONG * limit_sd))
     seed_mask = np.isin(seeds, index[is_seed])
     grown, n_grown = ndimage.label(z > _REACH * limit_sd)
     heights = np.concatenate([[0.0], ndimage.maximum(z, grown, np.arange(1, n_grown + 1))])
