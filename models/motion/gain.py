@@ -32,7 +32,8 @@ MAX_GAIN_RESIDUAL = 0.2
 """Residuals beyond this, up or down, over several movies mean that the reference does not fit (safe: 0.1-0.5).
 
 A reference that fits gives 0, one that is turned the wrong way or of another camera 1, no correction at all −1. A
-reference that is good but noisy gives (its noise / its detail)²: 0.01 for 0.3 % noise on 3 % detail.
+reference of the right camera that is noisy by ε gives ε² / (σ² + ε²) on a gain that varies by σ: one of 2,000 e/px
+(2.2 %) 0.16 where the gain varies by 5 %.
 """
 
 MAX_RESIDUAL_SE = 0.05

@@ -160,6 +160,17 @@ def test_an_outdated_reference_shows_in_proportion_to_what_has_changed():
     assert residual.share == pytest.approx(0.5, abs=0.12)
 
 
+def test_a_noisy_reference_leaves_its_noise_behind():
+    gain, is_good = draw_gain(16, spread=0.04)
+    noise = 0.03 * torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    noisy = gain * (1 + noise)
+    residual = residual_gain(
+        apply_gain(expose(gain, is_good), noisy, is_good), relative_detail(noisy, is_good)
+    )
+    assert residual.share == pytest.approx(0.03**2 / (0.04**2 + 0.03**2), abs=4 * residual.standard_error)
+    assert residual.share > MAX_GAIN_RESIDUAL
+
+
 def test_a_residual_that_says_nothing_is_none():
     gain, is_good = draw_gain(13)
     frames = expose(gain, is_good)
