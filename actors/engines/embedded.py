@@ -28,6 +28,7 @@ from actors.engines.base import (
     SeedRefused,
     StopCheck,
 )
+from actors.engines.checkpoint import CHECKPOINT_NAME, Checkpoint, digest_of
 from actors.engines.incremental_run import measure_growth, refine_incrementally, state_after
 from actors.engines.particle_images import LoadedParticles, load_particles
 from actors.engines.run_folder import RunFolder, RunSummary, measure_orientation
@@ -81,6 +82,10 @@ class EmbeddedEngine:
     ) -> Path:
         """Find a map from nothing and write it to `out/initial.mrc` (and initial.json: every start tried)."""
         started = time.monotonic()
+        folder = RunFolder(out)
+        digest = digest_of(settings, source.particles_star)
+        if folder.has_initial_model(digest):
+            return folder.initial_map
         group = _group(settings.symmetry)
         particles = load_particles(source.particles_star, source.root, max_box_px=settings.max_box_px)
         data = particles.data
@@ -116,8 +121,8 @@ class EmbeddedEngine:
                 n_threads=settings.n_threads,
                 on_progress=report,
             )
-        folder = RunFolder(out)
-        folder.write_json(folder.initial_summary, _describe(model, settings, time.monotonic() - started))
+        description = _describe(model, settings, time.monotonic() - started)
+        folder.write_json(folder.initial_summary, description | {"digest": digest})
         if model.acceptance.reason is not None:
             rule = f"the particles determine a map; {model.acceptance.reason}"
             raise SeedRefused(source.particles_star, rule, f"{len(data)} particles")
@@ -170,7 +175,11 @@ class EmbeddedEngine:
                     seed=settings.seed, n_threads=settings.n_threads, check=check,
                 )  # fmt: skip
             if outcome is None:
-                result = _refine(particles, reference, settings, own, group, warm, check, report)
+                checkpoint = Checkpoint(
+                    out / CHECKPOINT_NAME,
+                    digest_of(settings, source.particles_star, initial_map, warm_start_poses),
+                )
+                result = _refine(particles, reference, settings, own, group, warm, check, report, checkpoint)
                 state = state_after(particles, result, own, group)
             else:
                 result, state = outcome.result, outcome.state
@@ -180,7 +189,9 @@ class EmbeddedEngine:
         if state is not None:
             write_state(folder.state, state)
         clock.lap("state")
-        return _finish(particles, result, state, settings, group, folder, clock, notes)
+        output = _finish(particles, result, state, settings, group, folder, clock, notes)
+        (out / CHECKPOINT_NAME).unlink(missing_ok=True)
+        return output
 
     def orientation_diagnostics(self, out: Path) -> Mapping[str, Any]:
         """Measure the diagnostics of a finished run folder again, from its half maps, mask and poses."""
@@ -298,6 +309,7 @@ def _refine(
     warm: WarmPoses | None,
     check: Callable[[], None],
     report: Callable[[RefinementProgress], None],
+    checkpoint: Checkpoint,
 ) -> RefinementResult:
     generator = torch.Generator().manual_seed(settings.seed)
     try:
@@ -307,9 +319,12 @@ def _refine(
         )  # fmt: skip
     except ValueError as error:
         raise InputError(particles.table.source, "the initial map fits the images", error) from error
+    checkpoint.restore(refinement)
     while not refinement.is_done:
         check()
-        report(refinement.step())
+        step = refinement.step()
+        checkpoint.save(refinement)
+        report(step)
     return refinement.result()
 
 

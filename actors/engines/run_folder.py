@@ -104,6 +104,12 @@ class RunFolder:
         """The run in numbers."""
         return self.path / "summary.json"
 
+    def has_initial_model(self, digest: str) -> bool:
+        """Say whether an initial model of the same particles and settings lies here already."""
+        if not (self.initial_map.is_file() and self.initial_summary.is_file()):
+            return False
+        return self.read_json(self.initial_summary).get("digest") == digest
+
     def write_json(self, path: Path, document: Mapping[str, Any]) -> None:
         """Write a document; NaN and infinities become null."""
         with replacing(path) as temporary:

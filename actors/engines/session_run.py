@@ -1,7 +1,7 @@
 """One engine run of a session: from the controller's request to the record it judges.
 
 The run writes into a folder of its own and renames it when it is whole, so a killed run leaves nothing that
-looks like a result.
+looks like a result; asked for again, it goes on from the last iteration that was done.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def run_engine(
     request = command.request
     engine = make_engine(engine_name)
     final = layout.run(request.run_id)
+    # What a killed attempt left here is continued where its inputs are the same (`checkpoint`), else ignored.
     work = final.with_name(f".tmp-{request.run_id}")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    work.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     particles = work / "particles.star"
     n_particles = write_run_input(

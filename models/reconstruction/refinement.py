@@ -9,7 +9,7 @@ unit. The images of one half never touch the other half's map, noise or mask.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -222,6 +222,38 @@ class Refinement:
         self.best_shell = max(self.best_shell, found.shell)
         for half, cube in zip(self.halves, found.cubes, strict=True):
             half.cube = cube
+
+    def progress(self) -> dict[str, Tensor]:
+        """Return what `resume` needs: poses and noise of both halves, the schedule's place, the generator's state."""
+        stored = {
+            "iteration": torch.tensor(self.iteration),
+            "n_unimproved": torch.tensor(self.n_unimproved),
+            "best_shell": torch.tensor(self.best_shell),
+            "generator": self.generator.get_state(),
+        }
+        for h, half in enumerate(self.halves, start=1):
+            stored |= {
+                f"rotations{h}": half.rotations,
+                f"shifts{h}": half.shifts,
+                f"gain{h}": half.gain,
+                f"is_known{h}": half.is_known,
+                f"noise{h}": half.noise,
+            }
+        return stored
+
+    def resume(self, stored: Mapping[str, Tensor]) -> None:
+        """Continue where `progress` was taken; sums, maps and radius follow from the poses."""
+        for h, half in enumerate(self.halves, start=1):
+            half.rotations, half.shifts = stored[f"rotations{h}"].clone(), stored[f"shifts{h}"].clone()
+            half.gain, half.is_known = stored[f"gain{h}"].clone(), stored[f"is_known{h}"].clone()
+            half.noise = stored[f"noise{h}"].clone()
+            half.reconstruct(self.group)
+        # A step updates the references before it counts itself.
+        self.iteration = int(stored["iteration"]) - 1
+        self._update()
+        self.iteration = int(stored["iteration"])
+        self.n_unimproved, self.best_shell = int(stored["n_unimproved"]), float(stored["best_shell"])
+        self.generator.set_state(stored["generator"])
 
     def result(self) -> RefinementResult:
         """Return unfiltered half maps and poses in the input's order."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import mrcfile
@@ -223,6 +224,45 @@ def test_an_initial_model_is_written_with_every_start_that_was_tried(
     starts = json.loads((tmp_path / "initial.json").read_text())["starts"]
     assert len(starts) == 1
     assert np.isfinite(starts[0]["log_evidence_nats"])
+    # Asked again for the same, it is not searched for again.
+    written = path.stat().st_mtime_ns
+    assert EmbeddedEngine().initial_model(_source(particles), SETTINGS, tmp_path) == path
+    assert path.stat().st_mtime_ns == written
+
+
+def test_a_stopped_run_goes_on_where_it_was_and_ends_as_if_it_had_not_been_stopped(
+    particles: Path, tmp_path: Path
+) -> None:
+    engine, truth, steps = EmbeddedEngine(), particles.with_name("truth.mrc"), list[EngineProgress]()
+    whole = engine.refine(_source(particles), truth, SETTINGS, tmp_path / "a", progress=steps.append)
+    n_steps = len(steps)
+    steps.clear()
+    with pytest.raises(EngineStopped):
+        engine.refine(
+            _source(particles), truth, SETTINGS, tmp_path / "b", progress=steps.append,
+            should_stop=lambda: len(steps) >= 2,
+        )  # fmt: skip
+    assert not (tmp_path / "b" / "map.mrc").exists()
+    resumed = engine.refine(_source(particles), truth, SETTINGS, tmp_path / "b", progress=steps.append)
+    assert [step.iteration for step in steps] == list(range(1, n_steps + 1))
+    a, b = read_volume(whole.half1)[0], read_volume(resumed.half1)[0]
+    assert float((a - b).norm() / a.norm()) < 1e-3
+    assert not list((tmp_path / "b").glob("*.checkpoint*"))
+
+
+def test_a_checkpoint_of_other_settings_is_ignored(particles: Path, tmp_path: Path) -> None:
+    engine, truth, steps = EmbeddedEngine(), particles.with_name("truth.mrc"), list[EngineProgress]()
+
+    def stop() -> bool:
+        return len(steps) >= 1
+
+    for settings in (SETTINGS, replace(SETTINGS, seed=2)):
+        steps.clear()
+        with pytest.raises(EngineStopped):
+            engine.refine(
+                _source(particles), truth, settings, tmp_path, progress=steps.append, should_stop=stop
+            )
+        assert [step.iteration for step in steps] == [1]
 
 
 def _noise_images(folder: Path, n: int) -> EngineInput:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import pytest
@@ -14,6 +15,7 @@ from models.reconstruction.online_em import OnlineEm, OnlineEmSettings
 from models.reconstruction.pose_schedule import RefinementSettings
 from models.reconstruction.projector import volume_to_cube
 from models.reconstruction.refinement import Refinement, WarmPoses, match_scale
+from models.reconstruction.scoring import fast_products
 from models.reconstruction.sufficient import ReconstructionGrid, correlate_shells
 from models.reconstruction.symmetry import find_frames, symmetry_score, turn_volume
 
@@ -165,3 +167,18 @@ def test_symmetry_axes_are_found_and_snapped(name: str) -> None:
     assert fit.score > 0.97
     assert symmetry_score(fit.symmetrised, group, max_shell=8.0) > 0.98
     assert float(fit.fsc[1:9].min()) > 0.97
+
+
+def test_of_overlapping_users_of_fast_products_the_last_restores_the_precision():
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    first, second = fast_products(), fast_products()
+    with contextlib.ExitStack() as outer:
+        outer.enter_context(first)
+        with contextlib.ExitStack() as inner:
+            inner.enter_context(second)
+            # Left in the order of entry, as two threads may.
+            moved = outer.pop_all()
+            moved.close()
+            assert matmul.fp32_precision == "bf16"
+        assert matmul.fp32_precision == before
