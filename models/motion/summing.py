@@ -31,7 +31,7 @@ _FINE_CORE_PX = 80
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SummedMovie:
-    """The micrograph, and the plain sum (for the CTF; static local distortion of a few pixels is left in it)."""
+    """The micrograph, and the plain sum of the same frames: Thon rings are best seen in that one."""
 
     micrograph: Float[Tensor, "y2 x2"]
     unweighted: Float[Tensor, "y2 x2"]
@@ -62,10 +62,8 @@ def sum_frames(
         total.add(frame, shifts_px[index], index)
     if total is None or index + 1 != len(shifts_px):
         raise ValueError(f"frames: {index + 1}, there are {len(shifts_px)} shifts")
-    unweighted = total.unweighted()
-    micrograph = unweighted if total.weighted is None else total.grid.blend(total.weighted)
-    if local is not None:
-        micrograph = _apply_distortion(micrograph, local)
+    unweighted = total.blend(total.plain)
+    micrograph = unweighted if total.weighted is None else total.blend(total.weighted)
     return SummedMovie(micrograph=bin_image(micrograph, binning), unweighted=bin_image(unweighted, binning))
 
 
@@ -82,12 +80,13 @@ class _Sum:
     ) -> None:
         shape = (int(first.shape[0]), int(first.shape[1]))
         self.grid = TileGrid(shape, _choose_core(shape, local), first.device)
+        self._local = local
         self._moves: Tensor | None = None
         if local is not None:
             basis = spatial_basis(self.grid.centres[:, 0], self.grid.centres[:, 1])
             amplitudes = local.amplitudes - local.amplitudes.mean(dim=-1, keepdim=True)
             self._moves = torch.einsum("ps,asf->fpa", basis, amplitudes)
-        self._plain = self.grid.zeros()
+        self.plain = self.grid.zeros()
         self.weighted: Tensor | None = None
         self._exposures: list[float] = []
         if accumulated is not None:
@@ -106,12 +105,14 @@ class _Sum:
         if self.weighted is not None:
             weight = self._norm * dose_weight(self._critical, self._exposures[index])
         for row, spectra in enumerate(self.grid.move(frame, shifts)):
-            self._plain[row] += spectra
+            self.plain[row] += spectra
             if weight is not None and self.weighted is not None:
                 self.weighted[row] += spectra.mul_(weight)
 
-    def unweighted(self) -> Float[Tensor, "y x"]:
-        return self.grid.blend(self._plain)
+    def blend(self, spectra: Tensor) -> Float[Tensor, "y x"]:
+        """Return the image, moved by what all frames have in common of the local motion."""
+        image = self.grid.blend(spectra)
+        return image if self._local is None else _apply_distortion(image, self._local)
 
 
 def _choose_core(shape_yx: tuple[int, int], local: LocalMotion | None) -> int:

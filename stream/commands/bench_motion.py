@@ -74,6 +74,7 @@ class _Outcome:
     ring_plain_angstrom: float
     score_weighted: float
     score_plain: float
+    truth_correlation: float
 
 
 def run_motion_benchmark(
@@ -88,7 +89,7 @@ def run_motion_benchmark(
     shape_yx: tuple[int, int] | None = None,
     seed: int = 1,
 ) -> list[dict[str, Any]]:
-    """Align `n_movies` movies with both programs and return error, processor time and Thon-ring limit against RELION's.
+    """Align `n_movies` movies with both programs and compare error, processor time, Thon rings and the truth's image.
 
     The error at a place is the rms over frames and both axes of the motion file's trajectory against the truth,
     less its mean over the frames (a shift that all frames share is no motion). Centre and four corners (at 5 %
@@ -147,6 +148,7 @@ def _write_movie(work: Path, microscope: VirtualMicroscope, index: int) -> Motio
     exposure = microscope.expose(index)
     write_mrc(work / "movie.mrcs", exposure.frames(), pixel_size_angstrom=PIXEL_SIZE_ANGSTROM)
     write_gain_reference(work / "gain.mrc", microscope.gain)
+    np.save(work / "truth.npy", exposure.expected_frame(0).numpy())
     return exposure.truth.motion
 
 
@@ -193,7 +195,7 @@ def _run_ours(work: Path, motion: Motion, n_patches: int) -> _Outcome:
     write_micrograph(plain, aligned.summed.unweighted.numpy(), PIXEL_SIZE_ANGSTROM)
     wall, cpu = time.perf_counter() - started, time.process_time() - cpu
     torch.set_num_threads(n_threads)
-    return _judge(layout.motion("movie"), (layout.micrograph("movie"), plain), motion, wall, cpu)
+    return _judge(work, layout.motion("movie"), (layout.micrograph("movie"), plain), motion, wall, cpu)
 
 
 def _run_relion(work: Path, program: str, motion: Motion, n_patches: int) -> _Outcome:
@@ -232,11 +234,11 @@ def _run_relion(work: Path, program: str, motion: Motion, n_patches: int) -> _Ou
         raise IcestreamError(PROGRAM, "aligns the movie", (run.stderr or run.stdout)[-500:])
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     micrographs = (work / "relion" / "movie.mrc", work / "relion" / "movie_noDW.mrc")
-    return _judge(star, micrographs, motion, wall, cpu)
+    return _judge(work, star, micrographs, motion, wall, cpu)
 
 
 def _judge(
-    star: Path, micrographs: tuple[Path, Path], motion: Motion, wall_s: float, cpu_s: float
+    work: Path, star: Path, micrographs: tuple[Path, Path], motion: Motion, wall_s: float, cpu_s: float
 ) -> _Outcome:
     import torch
 
@@ -254,10 +256,8 @@ def _judge(
         return float(np.sqrt(np.mean(_about_mean(difference) ** 2)))
 
     microscope = Microscope(voltage_kv=VOLTAGE_KV, cs_mm=CS_MM, amplitude_contrast=AMPLITUDE_CONTRAST)
-    fits = [
-        fit_ctf(torch.from_numpy(read_micrograph(path)), PIXEL_SIZE_ANGSTROM, microscope)[0]
-        for path in micrographs
-    ]
+    images = [read_micrograph(path) for path in micrographs]
+    fits = [fit_ctf(torch.from_numpy(image), PIXEL_SIZE_ANGSTROM, microscope)[0] for image in images]
     return _Outcome(
         centre_px=error(((0.5, 0.5),)),
         corners_px=error(_CORNERS),
@@ -268,7 +268,31 @@ def _judge(
         ring_plain_angstrom=fits[1].fit_resolution_angstrom,
         score_weighted=fits[0].score,
         score_plain=fits[1].score,
+        truth_correlation=_correlate(images[0], np.load(work / "truth.npy")),
     )
+
+
+def _correlate(image: NDArray[np.float32], truth: NDArray[np.float32]) -> float:
+    """Return the mean Fourier ring correlation between 10 and 2.5 Å with the noise-free first frame.
+
+    Particles, ice and optics are in that frame as they were drawn, in the coordinates that the micrograph is to have.
+    """
+    import torch
+
+    from models.fourier.filters import squared_frequencies
+
+    shape = (int(image.shape[0]), int(image.shape[1]))
+    window = torch.hann_window(shape[0])[:, None] * torch.hann_window(shape[1])[None, :]
+    a, b = (
+        torch.fft.rfft2((x - x.mean()) * window) for x in (torch.from_numpy(image), torch.from_numpy(truth))
+    )
+    ring = (squared_frequencies(shape, PIXEL_SIZE_ANGSTROM).sqrt() * 100.0).long()
+    correlations = []
+    for index in range(10, 40):
+        x, y = a[ring == index], b[ring == index]
+        power = x.abs().square().sum() * y.abs().square().sum()
+        correlations.append(float((x * y.conj()).real.sum() / power.sqrt()))
+    return sum(correlations) / len(correlations)
 
 
 def _positions(shape: tuple[int, int], places: tuple[tuple[float, float], ...]) -> NDArray[np.float64]:
@@ -326,4 +350,16 @@ def _figures(
             | {"per_movie": [round(getattr(o, name), 3) for o in ours]}
             | {"baseline_per_movie": [round(getattr(o, name), 3) for o in relions], **common}
         )
+    value, reference = mean(ours, "truth_correlation"), mean(relions, "truth_correlation")
+    figures.append(
+        {
+            "name": "motion-truth-correlation",
+            "value": value,
+            "unit": "mean FRC, 10-2.5 Å",
+            "baseline": baseline,
+        }
+        | {"baseline_value": reference, "ratio": value / reference}
+        | {"per_movie": [round(o.truth_correlation, 4) for o in ours]}
+        | {"baseline_per_movie": [round(o.truth_correlation, 4) for o in relions], **common}
+    )
     return figures
