@@ -69,7 +69,7 @@ def test_a_warm_start_searches_known_poses_locally(blob_set: tuple[BlobPhantom, 
         refinement.step()
     result = refinement.result()
     after = pose_errors_deg(result.rotations, images.rotations, is_hand_free=False)
-    assert float(after[is_known].median()) < 0.6 * float(before.median())
+    assert float(after[is_known].median()) < 0.7 * float(before.median())
     assert float(after[~is_known].median()) < 6.0  # newcomers had no pose and were searched globally
 
 
