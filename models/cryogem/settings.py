@@ -18,7 +18,7 @@ class TrainingSettings:
 
     An epoch is one pass over the rendered frames. `crop_px` is the side of the images trained on, cut from the frames at
     random; `precision` bf16 computes convolutions in bfloat16. `nce_form` "unguided" is the ablation without masks.
-    The network kept is that of the last epoch, or of the epoch nearest to the held-out micrographs in spectrum and patch
+    The network kept is that of the last validation, or of the one nearest to training micrographs in spectrum and patch
     statistics (`keep`).
     """
 

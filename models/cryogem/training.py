@@ -31,6 +31,7 @@ from models.weights import load_checkpoint, save_checkpoint
 
 log = logging.getLogger(__name__)
 
+_VALIDATION_MICROGRAPHS = 8
 _FORMAT = "icestream-cryogem-training-1"
 
 
@@ -134,7 +135,7 @@ class _Run:
         )
 
     def _validate(self, pair: TrainingPair) -> dict[str, float]:
-        """Measure translated frames against held-out micrographs; keep the network if it is to be kept."""
+        """Measure translated frames against training micrographs; keep the network if it is to be kept."""
         training, stage = self.settings.training, self.source.stage
         frames = (self.source.frame(index) for index in range(training.n_simulated))
         made = []
@@ -143,7 +144,8 @@ class _Run:
             seen = stage.image(rendered, stage.draw_imaging(rng))
             noisy = add_input_noise(seen, stage.noise_sd, torch_stream(rng))
             made.append(translate(self.trainer.generator, noisy))
-        real = [levels_to_network_range(levels) for levels in stage.bank.held_out_micrographs]
+        # Not the held-out ones: a generator that was chosen by them could not be judged by them.
+        real = [levels_to_network_range(x) for x in stage.bank.training_micrographs[:_VALIDATION_MICROGRAPHS]]
         found = {
             "spectrum_distance": spectrum_distance(real, made),
             "patch_distance": patch_distance(real, made),
