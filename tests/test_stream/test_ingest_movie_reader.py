@@ -2,6 +2,7 @@
 
 import os
 import struct
+import tracemalloc
 import warnings
 from pathlib import Path
 
@@ -473,3 +474,23 @@ def test_chosen_frames_come_in_the_order_asked_for(tmp_path):
     path = write_tiff(tmp_path / "m.tif", frames)
     read = np.stack(list(iterate_chosen(path, inspect_movie(path), (4, 0))))
     np.testing.assert_array_equal(read, frames[[4, 0]])
+
+
+@pytest.mark.parametrize("kind", ["tiff", "mrc", "eer"])
+def test_reading_a_movie_holds_a_few_frames_however_many_there_are(tmp_path, kind):
+    n_frames, shape = 60, (256, 256)
+    path = tmp_path / f"m.{kind}"
+    if kind == "tiff":
+        write_tiff(path, poisson((n_frames, *shape), dtype=np.uint16), compression="lzw", rowsperstrip=64)
+    elif kind == "mrc":
+        write_mrc(path, poisson((n_frames, *shape), dtype=np.float32))
+    else:
+        strip = encode_eer_frame((poisson(shape) > 2).astype(np.uint8), np.random.default_rng(0))
+        write_eer_strips(path, ((strip, shape) for _ in range(10 * n_frames)))
+    tracemalloc.start()
+    n_read = sum(1 for _ in iterate_frames(path, eer_fractions=n_frames))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert n_read == n_frames
+    # six float32 frames, and half a megabyte for the directories of 600 EER frames
+    assert peak < 6 * 4 * shape[0] * shape[1] + 5e5
