@@ -32,7 +32,8 @@ _EDGE_RIM_PX = 8.0
 _B_FACTORS_ANGSTROM2 = (1500.0, 300.0)
 # Exposure per frame that is assumed where none is known: it only sets how fast the motion may settle.
 _TYPICAL_EXPOSURE = 1.0
-_MIN_PATCHES = 9
+# Patches of fewer (cropped) pixels show nothing; a field of fewer than three of them has whole-frame motion alone.
+_MIN_PATCH_PX = 32.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +102,7 @@ def estimate_motion(
     """Return the motion of a movie: whole frames first, then all patches together.
 
     `exposures_e_per_angstrom2` (at the end of each frame) says how much high resolution late frames have left.
-    Movies whose field holds fewer than nine patches have whole-frame motion alone.
+    A field of fewer than three patches of 32 cropped pixels along an axis has whole-frame motion alone.
     """
     shifts = align_whole_frames(movie, settings)
     n_frames = len(shifts)
@@ -221,8 +222,8 @@ class _Layout:
         pixel = movie.cropped_pixel_yx_angstrom
         self.pixel_size_angstrom = math.sqrt(pixel[0] * pixel[1])
         inner = [movie.movie_yx[a] / movie.scale_yx[a] for a in (0, 1)]
-        grid = _grid(movie, settings) if has_local else (1, 1)
-        self.is_whole = grid[0] * grid[1] < _MIN_PATCHES
+        grid = _grid(movie, settings)
+        self.is_whole = not has_local or min(inner) < 3 * _MIN_PATCH_PX
         device = movie.spectra.device
         if self.is_whole:
             self.shape_yx = movie.cropped_yx
