@@ -141,7 +141,7 @@ def make_noise(model: NoiseName, stage: PhysicsStage, network: UnetGenerator) ->
         return lambda physics, _rng: to_network_range(physics)
     if model == "cryogem":
         return lambda physics, rng: translate(
-            network, add_input_noise(physics, stage.noise_sd, torch_stream(rng))
+            network, add_input_noise(physics, float(physics.mean()), stage, torch_stream(rng))
         )
     return noise_by_formula(model, fit_session_noise(stage))
 

@@ -54,8 +54,19 @@ def measure_greys(image: Float[Tensor, "h w"]) -> GreyStatistics:
 def to_network_range(image: Float[Tensor, "*b h w"]) -> Float[Tensor, "*b h w"]:
     """Return each image with the 150/40 rule applied, clipped, in [-1, 1]."""
     flat = image.reshape(-1, *image.shape[-2:])
-    scaled = torch.stack([_scale(one, measure_greys(one)) for one in flat])
-    return (scaled.clamp(0.0, MAX_GREY) / (0.5 * MAX_GREY) - 1.0).reshape(image.shape)
+    ranged = []
+    for one in flat:
+        found = measure_greys(one)
+        ranged.append(scale_to_network_range(one, mean=found.mean, sd=found.sd))
+    return torch.stack(ranged).reshape(image.shape)
+
+
+def scale_to_network_range(
+    image: Float[Tensor, "*b h w"], *, mean: float, sd: float
+) -> Float[Tensor, "*b h w"]:
+    """Return images by the 150/40 rule, clipped, in [-1, 1], where mean and deviation are those of a whole frame."""
+    levels = (image - mean) * (SD_GREY / sd) + MEAN_GREY
+    return levels.clamp(0.0, MAX_GREY) / (0.5 * MAX_GREY) - 1.0
 
 
 def from_network_range(image: Float[Tensor, "*b h w"], statistics: GreyStatistics) -> Float[Tensor, "*b h w"]:

@@ -86,7 +86,8 @@ class PairSource:
         mask = torch.rot90(rendered.mask[top : top + size, left : left + size], turns)
         ice = self.stage.ice_canvas(imaging, rendered)[window]
         seen = self.stage.image_canvas(specimen, ice, imaging)[margin : margin + size, margin : margin + size]
-        source = add_input_noise(seen, self.stage.noise_sd, torch_stream(rng))
+        mean = self.stage.frame_mean(rendered, imaging)
+        source = add_input_noise(seen, mean, self.stage, torch_stream(rng))
         return TrainingPair(
             physics=seen[None, None],
             source=source[None, None],

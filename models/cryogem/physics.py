@@ -9,6 +9,7 @@ Eq. 8 has protein dark: it is minus the CTF of `models.optics.ctf`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -207,6 +208,19 @@ class PhysicsStage:
         margin = rendered.margin_px
         seen = self.image_canvas(rendered.projection, self.ice_canvas(imaging, rendered), imaging)
         return seen[margin : margin + height, margin : margin + width]
+
+    def frame_mean(self, rendered: RenderedField, imaging: Imaging) -> float:
+        """Return the mean of I_phy over the frame, without imaging it: the specimen's times the transfer of its mean."""
+        height, width = self.bank.shape_yx
+        margin = rendered.margin_px
+        frame = (slice(margin, margin + height), slice(margin, margin + width))
+        specimen = self.ice_canvas(imaging, rendered)[frame] * (
+            rendered.projection[frame] - self.settings.background
+        )
+        turn = math.radians(imaging.ctf.phase_shift_deg) + math.asin(
+            self.bank.facts.microscope.amplitude_contrast
+        )
+        return -math.sin(turn) * float(specimen.mean())
 
     def ice_canvas(self, imaging: Imaging, rendered: RenderedField) -> Float[Tensor, "ch cw"]:
         """Return the ice map on the field's canvas, continued beyond the frame as it ends there."""

@@ -37,7 +37,7 @@ _FORMAT = "icestream-cryogem-training-1"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingResult:
-    """What a training left: the generator's file, its hash, the step it is of, and its distances to held-out data."""
+    """What a training left: the generator's file, its hash, the step it is of, and its distances to real micrographs."""
 
     generator: Path
     sha256: str
@@ -142,7 +142,7 @@ class _Run:
         for index, rendered in enumerate(islice((f for f in frames if f is not None), training.n_validated)):
             rng = random_stream(training.seed, Purpose.VALIDATION, index)
             seen = stage.image(rendered, stage.draw_imaging(rng))
-            noisy = add_input_noise(seen, stage.noise_sd, torch_stream(rng))
+            noisy = add_input_noise(seen, float(seen.mean()), stage, torch_stream(rng))
             made.append(translate(self.trainer.generator, noisy))
         # Not the held-out ones: a generator that was chosen by them could not be judged by them.
         real = [levels_to_network_range(x) for x in stage.bank.training_micrographs[:_VALIDATION_MICROGRAPHS]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -11,19 +12,25 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from models.cryogem.greys import to_network_range
+from models.cryogem.greys import scale_to_network_range
 from models.cryogem.networks import NetworkSettings, UnetGenerator
-from models.cryogem.physics import PhysicsSettings
+from models.cryogem.physics import PhysicsSettings, PhysicsStage
 from models.weights import load_checkpoint, save_checkpoint
 
 _FORMAT = "icestream-cryogem-generator-1"
 
 
 def add_input_noise(
-    image: Float[Tensor, "h w"], noise_sd: float, generator: torch.Generator
+    image: Float[Tensor, "h w"], frame_mean: float, stage: PhysicsStage, generator: torch.Generator
 ) -> Float[Tensor, "h w"]:
-    """Return the generator's input: I_phy with zero-mean white Gaussian noise, in the networks' range."""
-    return to_network_range(image + noise_sd * torch.randn(image.shape, generator=generator))
+    """Return the generator's input: I_phy with zero-mean white Gaussian noise, in the networks' range.
+
+    `image` is a frame or a part of one; `frame_mean` is the whole frame's, and the deviation is the session's, so that a
+    crop in thick ice stays darker than one in thin ice.
+    """
+    noisy = image + stage.noise_sd * torch.randn(image.shape, generator=generator)
+    sd = stage.noise_sd * math.sqrt(1.0 + stage.settings.snr)
+    return scale_to_network_range(noisy, mean=frame_mean, sd=sd)
 
 
 @torch.inference_mode()

@@ -12,6 +12,7 @@ from models.cryogem.bank import BankFacts, SessionBank, load_bank, save_bank
 from models.cryogem.greys import GreyStatistics
 from models.cryogem.physics import Controls, PhysicsSettings, build_physics, image_specimen
 from models.cryogem.specimen import CountDistribution
+from models.cryogem.translation import add_input_noise
 from models.optics.ctf_fit import Microscope
 from models.simulation.imaging import CtfTruth
 
@@ -229,3 +230,28 @@ def test_particles_of_a_symmetric_target_are_folded(bank):
 def test_settings_out_of_range_are_refused(key, value):
     with pytest.raises(ValueError, match=key):
         PhysicsSettings(**{key: value})
+
+
+def test_a_frames_mean_is_known_without_imaging_it(stage):
+    for ice_map in (-1, 0):
+        controls = Controls(ice_map=ice_map)
+        field = stage.render(stage.draw_specimen(rng(), controls))
+        imaging = stage.draw_imaging(rng(), controls)
+        assert stage.frame_mean(field, imaging) == pytest.approx(
+            float(stage.image(field, imaging).mean()), abs=2e-3
+        )
+
+
+def test_parts_of_a_frame_keep_their_brightness(stage):
+    """The network's input is scaled by the frame, not by the crop: thick ice stays darker."""
+    field = stage.render(stage.draw_specimen(rng()))
+    imaging = stage.draw_imaging(rng(), Controls(ice_map=0))
+    seen, mean = stage.image(field, imaging), stage.frame_mean(field, imaging)
+
+    def scaled(part):
+        return add_input_noise(part, mean, stage, torch.Generator().manual_seed(1))
+
+    whole = scaled(seen)
+    assert float(whole.mean()) == pytest.approx(150 / 127.5 - 1, abs=0.02)
+    assert float(whole.std()) == pytest.approx(40 / 127.5, rel=0.05)
+    assert float(scaled(seen[:, -40:]).mean()) > float(scaled(seen[:, :40]).mean()) + 0.03
