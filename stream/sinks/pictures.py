@@ -77,8 +77,8 @@ def write_ctf_picture(
 
     `power` and `model` are full, centred images of the same shape, the model in [0, 1]; `contrast` (rings from
     about -1 to 1) and `ctf2` are the profiles over the frequencies `k` in 1/Å; `lines` of text go into the corner.
-    Beyond `fit_resolution_angstrom` (None: no rings) the model is pale; half as far again as that is shown, at
-    least to 6 Å and at most to Nyquist.
+    Beyond `fit_resolution_angstrom` the model is pale; without rings (None) there is no model. Half as far again
+    as that is shown, at least to 6 Å and at most to Nyquist.
     """
     n = _PICTURE_PX
     reach = fit_resolution_angstrom or 6.0
@@ -88,8 +88,11 @@ def write_ctf_picture(
     grey = np.clip(0.5 + 0.25 * data, 0.0, 1.0)
     fit = np.clip(_zoom(np.asarray(model, dtype=np.float64), fraction), 0.0, 1.0)
     y, x = np.indices((n, n)) - n // 2
-    is_beyond = np.hypot(y, x) > (0.5 * n / k_max / reach if fit_resolution_angstrom else 0.0)
-    fit = np.where(is_beyond, 0.4 + 0.2 * fit, fit)
+    if fit_resolution_angstrom is None:
+        fit = np.full_like(fit, 0.2)
+    else:
+        is_beyond = np.hypot(y, x) > 0.5 * n / k_max / reach
+        fit = np.where(is_beyond, 0.4 + 0.2 * fit, fit)
     grey[:, n // 2 :] = fit[:, n // 2 :]
     canvas = np.zeros((n + _PROFILE_HEIGHT_PX, n), dtype=np.uint8)
     canvas[:n] = (255 * grey).astype(np.uint8)
@@ -98,8 +101,10 @@ def write_ctf_picture(
     for i, line in enumerate(lines):
         _label(draw, (6, 4 + 16 * i), line)
     _label(draw, (6, n - 18), f"data, means over {2 * _ARC_DEG:.0f}° of arc")
-    _label(draw, (n - 6, n - 18), "fit", anchor="ra")
+    curves = [(np.asarray(contrast, dtype=np.float64), _DATA_COLOUR, "data")]
     if fit_resolution_angstrom is not None:
+        curves.insert(0, (2.0 * np.asarray(ctf2, dtype=np.float64) - 1.0, _FIT_COLOUR, "fit"))
+        _label(draw, (n - 6, n - 18), "fit", anchor="ra")
         radius = 0.5 * n / k_max / fit_resolution_angstrom
         box = (n / 2 - radius, n / 2 - radius, n / 2 + radius, n / 2 + radius)
         draw.arc(box, -90, 90, fill=_FIT_COLOUR)
@@ -107,10 +112,7 @@ def write_ctf_picture(
     _draw_ring_profile(
         draw,
         np.asarray(k, dtype=np.float64)[shown],
-        [
-            (2.0 * np.asarray(ctf2, dtype=np.float64)[shown] - 1.0, _FIT_COLOUR, "fit"),
-            (np.asarray(contrast, dtype=np.float64)[shown], _DATA_COLOUR, "data"),
-        ],
+        [(values[shown], colour, name) for values, colour, name in curves],
         k_max,
         fit_resolution_angstrom,
     )
