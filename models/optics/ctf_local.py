@@ -20,7 +20,7 @@ from torch import Tensor
 from models.fourier.spectra import iterate_tile_powers
 from models.optics.ctf_fit import FittedCtf
 from models.optics.ctf_rings import FloatArray, Microscope, RingSpectrum, ring_bins, rings_from_polar
-from models.optics.ctf_search import CtfSearch, estimate_envelope, shrink_profile
+from models.optics.ctf_search import CtfSearch, correlation_inflation, estimate_envelope, shrink_profile
 
 _TILE_ANGSTROM = 400.0
 _MIN_TILES = 9
@@ -176,10 +176,7 @@ def _measure_tiles(
 def _tile_noise(data: FloatArray, rings: RingSpectrum) -> float:
     """Return the variance of a tile's bins (rings are far below it), inflated by the neighbours' correlation."""
     noise = (data - data.mean(axis=0))[..., rings.root_weights > 0]
-    power = float((noise**2).mean())
-    along = [float((noise[..., i:] * noise[..., :-i]).mean()) / power for i in (1, 2)]
-    across = float((noise * np.roll(noise, 1, axis=1)).mean()) / power
-    return power * (1.0 + 2.0 * sum(max(0.0, r) for r in along)) * (1.0 + 2.0 * max(0.0, across))
+    return float((noise**2).mean()) * correlation_inflation(noise)
 
 
 @dataclass(frozen=True, slots=True)

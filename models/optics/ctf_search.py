@@ -238,10 +238,15 @@ def noise_variance(rings: RingSpectrum, point: FloatArray, envelope: FloatArray)
     spread = 1.4826 * float(np.median(np.abs(residual))) + 1e-20
     residual = np.clip(residual, -4.0 * spread, 4.0 * spread)
     power = float((residual**2).mean())
-    along_rings = [float((residual[:, i:] * residual[:, :-i]).mean()) / power for i in (1, 2)]
-    across = float((residual * np.roll(residual, 1, axis=0)).mean()) / power
-    inflation = (1.0 + 2.0 * sum(max(0.0, r) for r in along_rings)) * (1.0 + 2.0 * max(0.0, across))
-    return max(spread**2, power) * inflation
+    return max(spread**2, power) * correlation_inflation(residual)
+
+
+def correlation_inflation(noise: FloatArray) -> float:
+    """Return by how much neighbours' correlation inflates the variance of sums over bins `(…, sector, ring)`."""
+    power = float((noise**2).mean())
+    along = [float((noise[..., i:] * noise[..., :-i]).mean()) / power for i in (1, 2)]
+    across = float((noise * np.roll(noise, 1, axis=-2)).mean()) / power
+    return (1.0 + 2.0 * sum(max(0.0, r) for r in along)) * (1.0 + 2.0 * max(0.0, across))
 
 
 def covariance(likelihood: Likelihood, point: FloatArray, search: CtfSearch) -> FloatArray:
