@@ -481,3 +481,12 @@ def test_trainings_of_other_sessions_are_not_compared(trained, session, tmp_path
     read_job(write_config(tmp_path, layout.root), None).train(other, Workers(), lambda _point: None)
     with pytest.raises(InputError, match="hold out the same micrographs"):
         evaluate_trainings([trained, other])
+
+
+def test_train_prints_its_contract_and_goes_on_in_its_folder(session, tmp_path):
+    config = write_config(tmp_path, session)
+    first = run_command("train", "cryogem", config, "--out", tmp_path / "out", "--seed", 4, "--json")
+    assert {"checkpoint", "metrics", "sha256", "skipped_micrographs"} <= set(first)
+    assert (tmp_path / "out" / "metrics.prom").is_file()
+    again = run_command("train", "cryogem", config, "--out", tmp_path / "out", "--seed", 4, "--json")
+    assert again["sha256"] == first["sha256"]
