@@ -117,6 +117,21 @@ def test_image_with_nan_has_no_score_and_spoils_no_other(exported):
     np.testing.assert_allclose(scores[[0, 2]], clean[[0, 2]], rtol=1e-5)
 
 
+def test_guard_scores_images_with_defects_and_has_a_hash_of_its_own(exported):
+    bare, guarded = OnnxRanker(exported[0]), OnnxRanker(exported[0], outlier_sigmas=10.0)
+    assert bare.model_hash != guarded.model_hash
+    assert guarded.model_hash != OnnxRanker(exported[0], outlier_sigmas=12.0).model_hash
+    images = np.random.default_rng(0).normal(size=(4, 40, 40)).astype(np.float32)
+    clean = bare.score(images)[0]
+    spoiled = images.copy()
+    spoiled[1, 5, 5], spoiled[2, 6, 6], spoiled[3] = np.nan, 500.0, np.nan
+    scores = guarded.score(spoiled)[0]
+    assert np.isnan(bare.score(spoiled)[0][[1, 3]]).all()
+    assert np.isfinite(scores[:3]).all()
+    assert np.isnan(scores[3])
+    assert scores[0] == clean[0]
+
+
 def test_metadata_says_how_to_prepare_the_input(exported):
     ranker = OnnxRanker(exported[0])
     assert ranker.info.input_size_px == 32
