@@ -179,8 +179,8 @@ def directional_sums(
     return DirectionalSums(cross=cross, power_a=power_a, power_b=power_b, count=count)
 
 
-# One entry of about 60 MB: the null maps ask for the same matrix some twenty times.
-@lru_cache(maxsize=1)
+# Cone and slab, 60 MB each: the null maps ask for the same matrix some twenty times.
+@lru_cache(maxsize=2)
 def _membership(size_px: int, region: Region) -> Float[Tensor, "d c"]:
     return region.holds((half_directions() @ _layout(size_px).unit.T).abs()).float()
 

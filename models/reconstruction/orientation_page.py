@@ -153,6 +153,7 @@ band(D.low,D.high,.13);band(D.mean.map((m,i)=>m===null?null:m-D.sd[i]),D.mean.ma
 el("line",{x1:L,x2:R,y1:fy(D.threshold),y2:fy(D.threshold),stroke:"#333","stroke-dasharray":"5 4","stroke-width":.8},fan);
 [0,.143,.5,1].forEach(v=>{const t=el("text",{x:L-6,y:fy(v)+4,"text-anchor":"end"},fan);t.textContent=v});
 el("line",{x1:L,x2:L,y1:T,y2:B,stroke:"#333"},fan);axis(fan,B,"resolution / Å");
+el("rect",{x:R-240,y:T-4,width:246,height:74,fill:"#fff","fill-opacity":.8},fan);
 [["mean, ± SD, range of directions","#1f5fa8"],["global FSC","#111"],["share of directions above 0.143 (FSO)","#d9822b"],["the direction pointed at","#b3262a"]].forEach((l,i)=>{
  el("rect",{x:R-232,y:T+4+i*16,width:14,height:3,fill:l[1]},fan);const t=el("text",{x:R-213,y:T+9+i*16},fan);t.textContent=l[0]});
 const one=el("path",{"clip-path":"url(#c)",fill:"none",stroke:"#b3262a","stroke-width":1.8},fan);

@@ -60,7 +60,7 @@ def sampling_counts(
 ) -> Int[Tensor, " p"]:
     """Count for every point the views whose central slice, one voxel thick, passes through it at `radius`."""
     blocks = [
-        ((block @ views.T).abs() * radius < 0.5).sum(dim=1)
+        ((block @ views.T).abs_() < 0.5 / radius).sum(dim=1)
         for block in torch.split(points.to(views), _POINTS_PER_BLOCK)
     ]
     return torch.cat(blocks)

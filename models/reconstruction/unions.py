@@ -78,9 +78,13 @@ class GrowthCurve:
         return 2.0 / self.slope if self.slope > 0 else None
 
     def predict(self, n_particles: float) -> tuple[float | None, float | None]:
-        """Return the resolution at `n_particles` by the line and by SSNR scaling: they bracket the truth (§4.3)."""
+        """Return the resolution at `n_particles` by the line and by SSNR scaling: they bracket the truth (§4.3).
+
+        Neither goes beyond the last shell of the sums: finer pixels may show more than either says.
+        """
+        finest = self.box_angstrom / (len(self.fsc) - 1)
         inverse_square = self.slope * math.log(n_particles) + self.intercept
-        line = inverse_square**-0.5 if inverse_square > 0 else None
+        line = max(inverse_square**-0.5, finest) if inverse_square > 0 else None
         ratio = n_particles / self.points[-1].n_particles
         ssnr = ratio * self.fsc.clamp(0.0, 0.9999) / (1.0 - self.fsc.clamp(0.0, 0.9999))
         scaled = _resolution(ssnr / (1.0 + ssnr), self.box_angstrom)

@@ -11,7 +11,14 @@ import pytest
 import torch
 
 from models.reconstruction.cones import half_directions
-from models.reconstruction.efficiency import view_efficiency
+from models.reconstruction.efficiency import (
+    _GRID_PX,
+    _K_MAX,
+    _K_STEP,
+    B_FACTOR_ANGSTROM2,
+    _widths,
+    view_efficiency,
+)
 from models.reconstruction.grids import quaternion_to_matrix, random_rotations
 from models.reconstruction.sampling import sampling_factor
 from models.reconstruction.sphericity import fsc_body, isosurface_area, sphericity, sphericity_of_body
@@ -98,6 +105,24 @@ def test_even_views_are_efficient_and_narrow_cones_are_not():
     assert even > values[0] > values[1] > values[2] > values[3]
     assert values[0] < 0.8
     assert values[1] < 0.5
+
+
+def counted_efficiency(views: torch.Tensor) -> float:
+    """The definition by brute force: every view at every voxel of the grid."""
+    axis = (torch.arange(_GRID_PX).float() - _GRID_PX // 2) * _K_STEP
+    k = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij")[::-1], dim=-1).reshape(-1, 3)
+    share = torch.cat([((part @ views.T).abs() <= 0.5 * _K_STEP).float().mean(1) for part in k.split(16_384)])
+    decay = torch.exp(-0.25 * B_FACTOR_ANGSTROM2 * k.square().sum(1)) * (k.norm(dim=1) <= _K_MAX)
+    widths = _widths((share.sqrt() * decay).reshape((_GRID_PX,) * 3))
+    return 1.0 - 2.0 * float(widths.std(correction=0) / widths.mean())
+
+
+def test_binned_views_give_the_efficiency_of_counting_each():
+    side = torch.nn.functional.normalize(
+        torch.randn((400, 3), generator=gen(3)) * torch.tensor([1.0, 1.0, 0.1]), dim=1
+    )
+    for views in (cone_of_views(40, 400), side):
+        assert view_efficiency(views).efficiency == pytest.approx(counted_efficiency(views), abs=0.03)
 
 
 def test_the_worst_direction_is_the_one_that_no_view_shows_from_the_side():
