@@ -80,9 +80,10 @@ def train_cryogem(
 def _run(job: TrainingJob, out: Path, *, as_json: bool) -> None:
     from actors.jobs.launch import run_training
 
-    document = run_training(
-        job, out, on_progress=lambda point: console.print(json.dumps(point), highlight=False)
-    )
+    with console.status("preparing data, then training"):
+        document = run_training(
+            job, out, on_progress=lambda point: console.print(json.dumps(point), highlight=False)
+        )
     if as_json:
         print_json(document)
     else:
