@@ -16,7 +16,7 @@ from models.fourier.spectra import centred_from_half
 from models.optics.ctf import electron_wavelength_angstrom, evaluate_ctf
 from models.optics.ctf_fit import CtfStatus, FittedCtf, Microscope, fit_ctf, profile_ctf
 from models.optics.ctf_local import LocalDefocus, fit_local_defocus
-from models.optics.ice import estimate_ice_ratio, first_maximum_angstrom
+from models.optics.ice import estimate_crystalline_ice, estimate_ice_ratio, first_maximum_angstrom
 from stream.records.values import CtfFit, Optics
 from stream.sinks.pictures import write_ctf_picture
 from stream.store.files import replacing
@@ -64,10 +64,13 @@ def measure_ctf(
     with clock.measure("ctf"):
         fitted, power = fit_ctf(image, pixel, microscope, settings.ctf_search)
         ice_ratio = judge_ice(power, pixel, microscope, fitted)
+        crystals = estimate_crystalline_ice(power, pixel)
         local = fit_local_defocus(image, pixel, microscope, fitted, settings.ctf_search)
     with clock.measure("write"):
         write_ctf_files(layout, name, power, pixel, microscope, fitted, ice_ratio, local)
-    return CtfMeasurement(fit=to_record(fitted, local), ice_ratio=ice_ratio, local=local)
+    return CtfMeasurement(
+        fit=to_record(fitted, local), ice_ratio=ice_ratio, crystalline_ice=crystals, local=local
+    )
 
 
 def make_microscope(optics: Optics) -> Microscope:

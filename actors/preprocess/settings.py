@@ -50,7 +50,7 @@ class PreprocessSettings:
     ctf_search: CtfSearch = field(default_factory=CtfSearch)
     particle_diameter_angstrom: float = 150.0
     pick_diameter_tolerance: float = 0.15
-    pick_threshold_sd: float = 3.0
+    pick_threshold_sd: float = 2.5
     max_picks: int = 2000
     picker: str = "blob"
     topaz_executable: Path | None = None

@@ -34,8 +34,8 @@ _TURN_STEP_DEG = 22.5
 _ASPECT_STEP = 1.4
 # Noise drawn once a session: 1,600 particle-sized areas settle the calibration to 0.05.
 _NOISE_SIDE_PX = 640
-DEFAULT_THRESHOLD = 3.0
-"""Calibrated score of a pick: noise gives one in 740 particle-sized areas, about one a micrograph."""
+DEFAULT_THRESHOLD = 2.5
+"""Calibrated score of a pick: noise gives one in 160 particle-sized areas, a few a micrograph."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +46,7 @@ class BlobSettings:
     to that ratio of length to width, every 22.5° (the diameters are then those of circles of the same area;
     1.4 adds 8 templates a scale, 2.0 adds 16; only for particles known to be elongated, since every template
     more also fits noise and neighbours). `min_distance_angstrom` separates picks (None: 0.75 of the mean
-    diameter). `threshold` is a calibrated z-score (safe: 2.5-5). `border_angstrom` keeps picks away from the
+    diameter). `threshold` is a calibrated z-score (safe: 2-4). `border_angstrom` keeps picks away from the
     edge. `contamination_sd` is the limit of the contamination mask in robust standard deviations.
     """
 

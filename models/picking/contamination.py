@@ -26,6 +26,8 @@ _MAX_BETWEEN = 0.3
 # What is larger than this many particles is none; nor is what is this much over the limit, however small
 # (isolated particles of ferritin reach 0.8 of the limit; safe: 1.3-3).
 _LARGE, _STRONG = 1.2, 1.5
+# With this many odd areas, those up to some particles in size have to be twice as strong as the usual one.
+_POPULATION, _HUGE = 8, 4.0
 # Found areas reach down to this part of the limit or of their own peak, whichever is more: half of the peak is
 # where a smoothed edge lies, and what is uneven inside needs some room below (safe: 0.25-0.5, and 0.5-0.7 of a logarithm).
 _REACH, _REACH_OF_PEAK, _REACH_OF_LOG_PEAK = 0.5, 0.35, 0.6
@@ -156,10 +158,15 @@ def _odd_areas(
     index = np.arange(1, n_seeds + 1)
     areas = np.bincount(seeds.ravel(), minlength=n_seeds + 1)[1:]
     peaks = ndimage.maximum(z, seeds, index)
-    is_seed = (areas > _LARGE * particle_px) | ((areas > 0.5 * particle_px) & (peaks > _STRONG * limit_sd))
-    seed_mask = np.isin(seeds, index[is_seed])
     grown, n_grown = ndimage.label(z > _REACH * limit_sd)
     heights = np.concatenate([[0.0], ndimage.maximum(z, grown, np.arange(1, n_grown + 1))])
+    # many things of a particle's size and like strength are the particles
+    sizes = np.bincount(grown.ravel(), minlength=n_grown + 1)
+    population = heights[1:][sizes[1:] > 0.25 * particle_px]
+    usual = float(np.median(population)) if len(population) >= _POPULATION else 0.0
+    is_seed = (areas > _LARGE * particle_px) | ((areas > 0.5 * particle_px) & (peaks > _STRONG * limit_sd))
+    is_seed &= (areas > _HUGE * particle_px) | (peaks > 2.0 * usual)
+    seed_mask = np.isin(seeds, index[is_seed])
     touched = np.unique(grown[seed_mask])
     is_near = np.isin(grown, touched[touched > 0])
     return np.asarray(is_near & (z > reach_of_peak * heights[grown]))

@@ -45,7 +45,7 @@ _NOISE_SIDE_PX = 288
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TemplatePickSettings:
-    """Where picks may be; lengths in Å, `threshold` a calibrated z-score (safe: 2.5-5), as for blobs."""
+    """Where picks may be; lengths in Å, `threshold` a calibrated z-score (safe: 2-4), as for blobs."""
 
     threshold: float = DEFAULT_THRESHOLD
     min_distance_angstrom: float | None = None

@@ -107,7 +107,7 @@ def preprocess(
     ] = None,
     pick_threshold_sd: Annotated[
         float, typer.Option("--pick-threshold-sd", min=0.1, help="Lowest z-score of a pick.")
-    ] = 3.0,
+    ] = 2.5,
     amplitude_contrast: Contrast = 0.1,
     min_defocus_angstrom: MinDefocus = 2000.0,
     max_defocus_angstrom: MaxDefocus = 50000.0,

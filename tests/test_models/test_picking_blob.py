@@ -79,10 +79,11 @@ def test_noise_gives_as_many_picks_as_the_scores_say(max_aspect_ratio):
     assert 0.45 * expected < found < 1.6 * expected
 
 
-def test_the_default_threshold_leaves_about_one_pick_of_noise_in_seven_hundred_areas():
+def test_the_default_threshold_leaves_a_few_picks_of_noise_a_micrograph():
     empty = np.zeros((0, 2))
     counts = [len(pick_blobs(draw_micrograph(empty, seed=s), PIXEL, settings()).scores) for s in range(5)]
-    assert np.mean(counts) <= 1.0
+    # 164 particle-sized areas less their borders: 0.7 expected each
+    assert np.mean(counts) <= 2.0
 
 
 def test_scores_do_not_depend_on_brightness_or_contrast_of_the_image():
