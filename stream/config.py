@@ -52,6 +52,8 @@ class AcquisitionSettings(_Section):
     gain_orientation: Literal["given", "auto"] = "given"
     max_gain_residual: Annotated[float, Field(gt=0, le=1, description="a fraction")] = 0.05
     gain_residual_movies: Annotated[int, Field(ge=1, le=1000)] = 20
+    binning: Annotated[float, Field(ge=1, le=8, description="Fourier cropping of the movie")] = 1.0
+    has_local_motion: bool = True
     eer_fractions: Annotated[int, Field(ge=1, le=500)] = 40
     eer_dose_per_fraction_e_per_angstrom2: (
         Annotated[float, Field(gt=0, le=100, description="e/Å²; in place of eer_fractions")] | None
@@ -95,6 +97,27 @@ class ParticleSettings(_Section):
     template_min_resolution_angstrom: Length = 20.0
     topaz_executable: Path | None = None
     topaz_model: Path | None = None
+
+
+class CtfSettings(_Section):
+    """What the CTF fit searches; a phase shift is fitted for phase plates, ice thickness where a limit is given."""
+
+    min_defocus_angstrom: Annotated[float, Field(ge=0, lt=200_000, description="Å, underfocus positive")] = (
+        2000.0
+    )
+    max_defocus_angstrom: Annotated[float, Field(gt=0, lt=200_000, description="Å, underfocus positive")] = (
+        50000.0
+    )
+    finest_resolution_angstrom: Annotated[float, Field(gt=1, lt=20, description="Å")] = 4.0
+    has_phase_shift: bool = False
+    max_thickness_angstrom: Annotated[float, Field(gt=0, lt=10_000, description="Å")] | None = None
+
+    @model_validator(mode="after")
+    def _range_is_not_empty(self) -> CtfSettings:
+        if self.min_defocus_angstrom >= self.max_defocus_angstrom:
+            msg = "min_defocus_angstrom is below max_defocus_angstrom"
+            raise ValueError(msg)
+        return self
 
 
 class QualitySettings(_Section):
@@ -204,6 +227,7 @@ class SessionSettings(_Section):
     acquisition: AcquisitionSettings
     ingest: IngestSettings = IngestSettings()
     particle: ParticleSettings = ParticleSettings()
+    ctf: CtfSettings = CtfSettings()
     quality: QualitySettings = QualitySettings()
     ranker: RankerSettings = RankerSettings()
     policy: PolicySettings = PolicySettings()

@@ -15,9 +15,10 @@ from actors.handlers import RankerOptions, WorkerSpec
 from actors.interface import Runtime
 from actors.local import LocalRuntime
 from actors.preprocess.settings import PreprocessSettings
+from models.optics.ctf_search import PHASE_SHIFT_RANGE_DEG, CtfSearch
 from stream import __version__
 from stream.app import Service, write_session
-from stream.config import SessionSettings
+from stream.config import CtfSettings, SessionSettings
 from stream.control.controller import Controller
 from stream.control.exposures import ExposureState
 from stream.ingest.source import ExposureSource, KnownFile, SourceSettings, is_about_settings
@@ -88,6 +89,9 @@ def _preprocess_settings(settings: SessionSettings) -> PreprocessSettings:
         gain_flip_y=a.gain_flip_y,
         gain_rotate_deg=a.gain_rotate_deg,
         gain_convention=a.gain_convention,
+        binning=a.binning,
+        has_local_motion=a.has_local_motion,
+        ctf_search=_ctf_search(settings.ctf),
         eer_fractions=a.eer_fractions,
         eer_dose_per_fraction_e_per_angstrom2=a.eer_dose_per_fraction_e_per_angstrom2,
         eer_upsampling=a.eer_upsampling,
@@ -96,6 +100,16 @@ def _preprocess_settings(settings: SessionSettings) -> PreprocessSettings:
         topaz_executable=p.topaz_executable,
         topaz_model=p.topaz_model,
         **{key: value for key, value in given.items() if value is not None},
+    )
+
+
+def _ctf_search(ctf: CtfSettings) -> CtfSearch:
+    return CtfSearch(
+        min_defocus_angstrom=ctf.min_defocus_angstrom,
+        max_defocus_angstrom=ctf.max_defocus_angstrom,
+        finest_resolution_angstrom=ctf.finest_resolution_angstrom,
+        phase_shift_range_deg=PHASE_SHIFT_RANGE_DEG if ctf.has_phase_shift else None,
+        max_thickness_angstrom=ctf.max_thickness_angstrom,
     )
 
 

@@ -46,6 +46,9 @@ class CtfSearch:
         return np.asarray(-1.5 * np.log1p(ratio**2))
 
 
+PHASE_SHIFT_RANGE_DEG = (0.0, 175.0)
+"""What is searched where a phase shift is asked for; 180° more is the same CTF²."""
+
 # How far rings reach: amplitude falls to 1/e at these resolutions (None: not within the range).
 _ENVELOPES_ANGSTROM = (None, 7.0, 12.0)
 _ASTIGMATISM_GRID = (

@@ -34,6 +34,9 @@ MinDefocus = Annotated[
 MaxDefocus = Annotated[
     float, typer.Option("--max-defocus-angstrom", min=0, help="Largest defocus searched, in Å.")
 ]
+PhaseShift = Annotated[
+    bool, typer.Option("--phase-shift", help="Fit a phase shift (0-175°) as well (phase plates).")
+]
 Threads = Annotated[int, typer.Option("--threads", min=1, help="Compute threads.")]
 
 
@@ -111,6 +114,7 @@ def preprocess(
     amplitude_contrast: Contrast = 0.1,
     min_defocus_angstrom: MinDefocus = 2000.0,
     max_defocus_angstrom: MaxDefocus = 50000.0,
+    has_phase_shift: PhaseShift = False,
     threads: Threads = 1,
     as_json: AsJson = False,
 ) -> None:
@@ -122,7 +126,7 @@ def preprocess(
     from actors.preprocess.ctf import describe_fit
     from actors.preprocess.exposure import preprocess_exposure
     from actors.preprocess.settings import PreprocessSettings
-    from models.optics.ctf_fit import CtfSearch
+    from models.optics.ctf_search import PHASE_SHIFT_RANGE_DEG, CtfSearch
     from stream.records.values import Optics
     from stream.store.layout import OutputLayout
 
@@ -144,7 +148,9 @@ def preprocess(
         eer_dose_per_fraction_e_per_angstrom2=eer_dose_per_fraction_e_per_angstrom2,
         eer_upsampling=cast("EerUpsampling", eer_upsampling),
         ctf_search=CtfSearch(
-            min_defocus_angstrom=min_defocus_angstrom, max_defocus_angstrom=max_defocus_angstrom
+            min_defocus_angstrom=min_defocus_angstrom,
+            max_defocus_angstrom=max_defocus_angstrom,
+            phase_shift_range_deg=PHASE_SHIFT_RANGE_DEG if has_phase_shift else None,
         ),
         particle_diameter_angstrom=particle_diameter_angstrom,
         pick_threshold_sd=pick_threshold_sd,
@@ -225,9 +231,7 @@ def ctf(
     amplitude_contrast: Contrast = 0.1,
     min_defocus_angstrom: MinDefocus = 2000.0,
     max_defocus_angstrom: MaxDefocus = 50000.0,
-    has_phase_shift: Annotated[
-        bool, typer.Option("--phase-shift", help="Fit a phase shift (0-175°) as well.")
-    ] = False,
+    has_phase_shift: PhaseShift = False,
     max_thickness_angstrom: Annotated[
         float | None,
         typer.Option(
@@ -250,8 +254,9 @@ def ctf(
     from actors.preprocess.ctf import describe_fit, judge_ice, make_microscope, to_record, write_ctf_files
     from actors.preprocess.exposure import clip_outliers
     from models.fourier.spectra import half_from_centred
-    from models.optics.ctf_fit import CtfSearch, fit_ctf, fit_ctf_spectrum
+    from models.optics.ctf_fit import fit_ctf, fit_ctf_spectrum
     from models.optics.ctf_local import fit_local_defocus
+    from models.optics.ctf_search import PHASE_SHIFT_RANGE_DEG, CtfSearch
     from stream.ingest.movie_reader import read_micrograph
     from stream.records.values import Optics
     from stream.store.layout import OutputLayout
@@ -264,7 +269,7 @@ def ctf(
     search = CtfSearch(
         min_defocus_angstrom=min_defocus_angstrom,
         max_defocus_angstrom=max_defocus_angstrom,
-        phase_shift_range_deg=(0.0, 175.0) if has_phase_shift else None,
+        phase_shift_range_deg=PHASE_SHIFT_RANGE_DEG if has_phase_shift else None,
         max_thickness_angstrom=max_thickness_angstrom,
     )
     names = _unique_names(micrographs)

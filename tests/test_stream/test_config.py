@@ -10,6 +10,7 @@ import yaml
 
 from stream.config import load_settings
 from stream.records.errors import ConfigurationError
+from stream.wiring import build_worker_spec
 
 GOOD: dict[str, Any] = {
     "movies": "movies",
@@ -109,6 +110,22 @@ def test_a_program_by_its_bare_name_is_looked_up_and_a_path_is_anchored(tmp_path
     for given, expected in (("topaz", Path("topaz")), ("bin/topaz", tmp_path / "bin/topaz")):
         settings = load_settings(write(tmp_path, changed(particle={"topaz_executable": given})))
         assert settings.particle.topaz_executable == expected
+
+
+def test_the_search_for_the_ctf_reaches_every_worker(tmp_path: Path) -> None:
+    ctf = {"max_defocus_angstrom": 30000, "has_phase_shift": True, "max_thickness_angstrom": 2000}
+    settings = load_settings(write(tmp_path, changed(ctf=ctf, acquisition={"binning": 2})))
+    told = build_worker_spec(settings).preprocess
+    assert told.ctf_search.max_defocus_angstrom == 30000
+    assert told.ctf_search.phase_shift_range_deg == (0.0, 175.0)
+    assert told.ctf_search.max_thickness_angstrom == 2000
+    assert told.micrograph_pixel_size_angstrom == pytest.approx(1.77)
+
+
+def test_an_empty_range_of_defocus_is_refused(tmp_path: Path) -> None:
+    ctf = {"min_defocus_angstrom": 20000, "max_defocus_angstrom": 10000}
+    with pytest.raises(ConfigurationError, match="min_defocus_angstrom is below max_defocus_angstrom"):
+        load_settings(write(tmp_path, changed(ctf=ctf)))
 
 
 def test_a_file_that_is_not_yaml_or_not_there_is_one_line(tmp_path: Path) -> None:
