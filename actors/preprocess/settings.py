@@ -83,7 +83,9 @@ class PreprocessSettings:
             return min(self.eer_fractions, n_raw_frames)
         if dose_e_per_angstrom2 is None:
             raise ConfigurationError(
-                "eer_dose_per_fraction_e_per_angstrom2", "needs the movie's dose (settings or metadata)", wanted
+                "eer_dose_per_fraction_e_per_angstrom2",
+                "needs the movie's dose (settings or metadata)",
+                wanted,
             )
         return count_fractions(n_raw_frames, dose_e_per_angstrom2, wanted)
 
