@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ from models.reconstruction.grids import healpix_directions
 from models.reconstruction.projector import extract_slices, volume_to_cube
 from models.reconstruction.volume_io import read_volume
 from stream.records.errors import ConfigurationError, InputError
-from stream.sinks.relion_star import SCORE_COLUMN, write_particles_star
+from stream.sinks.relion_star import SCORE_COLUMN, join_image_names, write_particles_star
 from stream.store.files import replacing
 
 _SEED_ORDER = 2
@@ -64,6 +65,7 @@ def run_classification(
     mask_diameter_angstrom: float | None = None,
     resolution_angstrom: float = 10.0,
     seed_map: Path | None = None,
+    features: Path | None = None,
     on_progress: Callable[[ClassificationProgress], None] | None = None,
 ) -> ClassRun:
     """Classify the particles of a table and write classes.mrcs, classes.star, particles.star and montage.png."""
@@ -79,15 +81,23 @@ def run_classification(
         max_shell=min(data.box_size_px / 2 - 1, data.box_angstrom / resolution_angstrom),
         mask_diameter_fraction=_mask_fraction(mask_diameter_angstrom, data.box_angstrom),
     )
+    if seed_map is not None and features is not None:
+        raise ConfigurationError(
+            "--features", "classes start from a map or from features, not both", features
+        )
     references = None if seed_map is None else _projections(seed_map, particles)
+    scores, labels = _scores(source.particles_star, particles), None
+    if features is not None:
+        scores, labels = _from_features(features, particles, n_classes, seed)
     classes = classify(
         data,
         settings,
         torch.Generator().manual_seed(seed),
+        labels=labels,
         references=references,
         on_progress=on_progress,
     )
-    rows = _rows(classes, _scores(source.particles_star, particles))
+    rows = _rows(classes, scores)
     folder = RunFolder(out)
     run = ClassRun(
         folder=out,
@@ -144,6 +154,37 @@ def _scores(path: Path, particles: LoadedParticles) -> NDArray[np.float64] | Non
             values: NDArray[np.float64] = block[SCORE_COLUMN].to_numpy(dtype=float)[particles.rows]
             return values
     return None
+
+
+def _from_features(
+    path: Path, particles: LoadedParticles, n_classes: int, seed: int
+) -> tuple[NDArray[np.float64], Tensor]:
+    """Return scores, and clusters of the features, from what `icestream score --out FILE.npz` wrote."""
+    from models.cryoranker.clusters import cluster_features
+
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            names, values = stored["image"].tolist(), np.asarray(stored["feature"], dtype=np.float32)
+            scores = np.asarray(stored["score"], dtype=float)
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise InputError(path, "features come from icestream score --out FILE.npz", error) from error
+    table, rows = particles.table, particles.rows
+    place = {name: row for row, name in enumerate(names)}
+    wanted = [
+        place.get(name, -1) for name in join_image_names(table.stack_indices[rows], table.stack_paths[rows])
+    ]
+    chosen = np.array(wanted, dtype=np.int64)
+    if (chosen < 0).any():
+        raise InputError(
+            path, "every particle has features", f"{int((chosen < 0).sum())} of {len(chosen)} missing"
+        )
+    own = values[chosen]
+    is_finite = np.isfinite(own).all(axis=1)
+    if int(is_finite.sum()) < n_classes:
+        raise InputError(path, f"features of {n_classes} particles or more are finite", int(is_finite.sum()))
+    labels = np.arange(len(chosen)) % n_classes
+    labels[is_finite] = cluster_features(lambda: iter((own[is_finite],)), n_classes, seed=seed).labels
+    return scores[chosen], torch.from_numpy(labels.astype(np.int64))
 
 
 def _rows(classes: Classes, scores: NDArray[np.float64] | None) -> list[dict[str, Any]]:

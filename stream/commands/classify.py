@@ -34,6 +34,12 @@ def classify(
     seed_map: Annotated[
         Path | None, typer.Option("--map", help="Start from projections of this map (MRC).")
     ] = None,
+    features: Annotated[
+        Path | None,
+        typer.Option(
+            help="Start from clusters of features: the .npz of `icestream score`; gives scores too."
+        ),
+    ] = None,
     resolution: Annotated[
         float, typer.Option("--resolution-angstrom", help="Finest wave used for alignment, in Å.")
     ] = 10.0,
@@ -76,6 +82,7 @@ def classify(
         mask_diameter_angstrom=mask_diameter,
         resolution_angstrom=resolution,
         seed_map=seed_map,
+        features=features,
         on_progress=show,
     )
     document: dict[str, Any] = {

@@ -78,6 +78,37 @@ def test_classes_are_written_counted_and_scored(star: Path, tmp_path: Path) -> N
         assert np.asarray(picture.convert("L")).std() > 10
 
 
+def test_feature_clusters_start_the_classes_and_bring_their_scores(star: Path, tmp_path: Path) -> None:
+    stack = star.with_name("stack.mrcs")
+    features = np.eye(4, dtype=np.float32)[np.arange(N) % 4]
+    features[5] = np.nan  # a particle that could not be scored
+    scores = np.linspace(1, 0, N)
+    names = [f"{i + 1:06d}@{stack}" for i in range(N)]
+    order = np.random.default_rng(0).permutation(N)
+    np.savez(tmp_path / "f.npz", image=np.array(names)[order], feature=features[order], score=scores[order])
+    arguments = [
+        "classify",
+        str(star),
+        "--out",
+        str(tmp_path),
+        "--classes",
+        "4",
+        "--resolution-angstrom",
+        "20",
+    ]
+    result = CliRunner().invoke(app, [*arguments, "--features", str(tmp_path / "f.npz"), "--json"])
+    assert result.exit_code == 0, result.output
+    particles = starfile.read(tmp_path / "particles.star", always_dict=True)["particles"]
+    for row in json.loads(result.stdout)["classes"]:
+        if row["particles"]:
+            own = particles["rlnClassNumber"].to_numpy() == row["class"]
+            assert row["mean_score"] == pytest.approx(scores[own].mean(), abs=1e-6)
+    np.savez(tmp_path / "few.npz", image=np.array(names)[:9], feature=features[:9], score=scores[:9])
+    error = CliRunner().invoke(app, [*arguments, "--features", str(tmp_path / "few.npz")]).exception
+    assert isinstance(error, InputError)
+    assert "71 of 80 missing" in str(error)
+
+
 def test_too_many_classes_a_bad_map_and_a_bad_resolution_are_named(star: Path, tmp_path: Path) -> None:
     def invoke(*arguments: str) -> Exception | None:
         found = CliRunner().invoke(app, ["classify", str(star), "--out", str(tmp_path), *arguments])

@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import starfile
 import torch
+from typer.testing import CliRunner
 
 from actors.engines import embedded
 from actors.engines.base import EngineInput, EngineProgress, EngineSettings, EngineStopped, SeedRefused
@@ -28,6 +29,7 @@ from models.reconstruction.grids import random_rotations
 from models.reconstruction.pose_schedule import RefinementSettings
 from models.reconstruction.refinement import RefinementResult
 from models.reconstruction.volume_io import read_volume, write_volume
+from stream.cli import app
 from stream.records.errors import ConfigurationError, InputError
 
 N, BOX, PIXEL = 160, 32, 6.0
@@ -304,6 +306,25 @@ def test_noise_is_refused_before_anything_is_built_on_it(
     assert not told["is_accepted"]
     assert told["log_evidence"] < 0.5
     assert not (tmp_path / "run" / "initial.mrc").exists()
+
+
+def test_the_command_reports_a_refusal_and_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(embedded._EFFORT, "quick", (4, 40))
+    source = _noise_images(tmp_path, 100)
+    arguments = [
+        "reconstruct",
+        str(source.particles_star),
+        "--out",
+        str(tmp_path / "run"),
+        "--effort",
+        "quick",
+    ]
+    result = CliRunner().invoke(app, [*arguments, "--starts", "1", "--json"])
+    assert isinstance(result.exception, SeedRefused)  # which the command line turns into exit code 1
+    told = json.loads(result.stdout)
+    assert told["resolution_angstrom"] is None
+    assert told["is_refused"]
+    assert "no better than" in told["note"]
 
 
 def test_a_run_stops_when_asked(particles: Path, tmp_path: Path) -> None:
