@@ -19,11 +19,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from models.reconstruction.particle_data import ParticleData
-from models.reconstruction.projector import HalfPlane, insert_slices, sums_to_volume, symmetrise_friedel
-from models.reconstruction.sufficient import ReconstructionGrid, solve_map
+from models.reconstruction.projector import HalfPlane, sums_to_volume, symmetrise_friedel
+from models.reconstruction.sufficient import ReconstructionGrid, accumulate_posed, solve_map
 
 SUM_TOLERANCE = 1e-3
 """Relative; float32 rounding of a thousand revisions stays below 1e-5, one lost particle of 500 is 2e-3."""
+
+_IMAGES_PER_BLOCK = 1024
+"""Bounds the copies made on insertion: 60 MB at 96 px."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -114,14 +117,13 @@ class BucketSums:
         for row, bucket in enumerate(records.buckets()):
             of_bucket.setdefault(bucket, []).append(row)
         for bucket, members in of_bucket.items():
-            index = torch.tensor(members)
-            few, own = near.take(index), records.take(index)
-            scale = (sign * own.weights)[:, None]
-            images = scale * few.ctf * few.coefficients * self.plane.phases(own.shifts_xy_px)
-            channels = torch.stack((images.real, images.imag, scale * few.ctf.square()))
             full = self.grid.zeros()
-            for element in self.symmetry:
-                full = insert_slices(full, channels, own.rotations @ element, self.plane)
+            for index in torch.tensor(members).split(_IMAGES_PER_BLOCK):
+                few, own = near.take(index), records.take(index)
+                scale = (sign * own.weights)[:, None]
+                images = scale * few.ctf * few.coefficients * self.plane.phases(own.shifts_xy_px)
+                weights = scale * few.ctf.square()
+                full = accumulate_posed(full, images, weights, own.rotations, self.plane, self.symmetry)
             folded = symmetrise_friedel(full)[..., self.grid.half_side :]
             self.sums[bucket] = self.sums.get(bucket, self.empty()) + folded
 

@@ -292,7 +292,7 @@ def _noise_images(folder: Path, n: int) -> EngineInput:
     return EngineInput(particles_star=folder / "noise.star", root=folder)
 
 
-@pytest.mark.parametrize("symmetry", ["C1", "D2"])
+@pytest.mark.parametrize("symmetry", ["C1", pytest.param("D2", marks=pytest.mark.slow)])
 def test_noise_is_refused_before_anything_is_built_on_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, symmetry: str
 ) -> None:
