@@ -406,6 +406,7 @@ def test_an_eer_is_grouped_by_the_dose_of_a_fraction(eer_path, tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_up_sampled_events_give_twice_the_pixels_and_with_binning_the_same(eer_path, processed, tmp_path):
     fine, layout = preprocess(eer_path, tmp_path / "fine", eer_fractions=N_FRAMES, eer_upsampling=2)
     with mrcfile.open(layout.micrograph("exposure_1")) as mrc:
