@@ -50,7 +50,7 @@ class AcquisitionSettings(_Section):
     gain_rotate_deg: Literal[0, 90, 180, 270] = 0
     gain_convention: Literal["auto", "multiply", "divide"] = "auto"
     gain_orientation: Literal["given", "auto"] = "given"
-    max_gain_residual: Annotated[float, Field(gt=0, le=1, description="a fraction")] = 0.05
+    max_gain_residual: Annotated[float, Field(gt=0, le=10, description="a share")] = 0.2
     gain_residual_movies: Annotated[int, Field(ge=1, le=1000)] = 20
     binning: Annotated[float, Field(ge=1, le=8, description="Fourier cropping of the movie")] = 1.0
     has_local_motion: bool = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -73,6 +74,10 @@ def build_worker_spec(settings: SessionSettings) -> WorkerSpec:
 
 def _preprocess_settings(settings: SessionSettings) -> PreprocessSettings:
     a, p = settings.acquisition, settings.particle
+    if p.picker == "topaz" and (p.topaz_executable is None or shutil.which(p.topaz_executable) is None):
+        # found now, or else every movie would be quarantined for it
+        rule = "the picker topaz needs its program, installed and executable"
+        raise ConfigurationError("particle.topaz_executable", rule, p.topaz_executable)
     given: dict[str, Any] = {
         "extract_pixel_size_angstrom": p.extract_pixel_size_angstrom,
         "box_size_px": p.box_size_px,

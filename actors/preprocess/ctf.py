@@ -67,7 +67,7 @@ def measure_ctf(
         crystals = estimate_crystalline_ice(power, pixel)
         local = fit_local_defocus(image, pixel, microscope, fitted, settings.ctf_search)
     with clock.measure("write"):
-        write_ctf_files(layout, name, power, pixel, microscope, fitted, ice_ratio, local)
+        write_ctf_files(layout, name, power, pixel, microscope, fitted, ice_ratio, crystals, local)
     return CtfMeasurement(
         fit=to_record(fitted, local), ice_ratio=ice_ratio, crystalline_ice=crystals, local=local
     )
@@ -117,6 +117,7 @@ def write_ctf_files(
     microscope: Microscope,
     fitted: FittedCtf,
     ice_ratio: float | None,
+    crystalline_ice: float | None,
     local: LocalDefocus | None = None,
 ) -> None:
     """Write ctf/NAME.png and ctf/NAME.json; without rings the file holds the status and no values."""
@@ -152,6 +153,7 @@ def write_ctf_files(
         "angle_sd_deg": fitted.angle_sd_deg if fitted.is_reliable else None,
         "phase_shift_sd_deg": fitted.phase_shift_sd_deg if fitted.is_reliable else None,
         "ice_ratio": ice_ratio,
+        "crystalline_ice": crystalline_ice,
         "pixel_size_angstrom": pixel,
         "local_defocus": None if local is None or not local.is_significant else asdict(local),
     }

@@ -181,6 +181,8 @@ def preprocess(
             "total_motion_angstrom": motion,
             **describe_fit(fit),
             "ice_ratio": result.ice_ratio,
+            "crystalline_ice": result.crystalline_ice,
+            "masked_fraction": result.masked_fraction,
             "picks": result.n_picks,
             "particles": result.n_particles,
             "gain_residual": result.gain_residual,
@@ -257,6 +259,7 @@ def ctf(
     from models.optics.ctf_fit import fit_ctf, fit_ctf_spectrum
     from models.optics.ctf_local import fit_local_defocus
     from models.optics.ctf_search import PHASE_SHIFT_RANGE_DEG, CtfSearch
+    from models.optics.ice import estimate_crystalline_ice
     from stream.ingest.movie_reader import read_micrograph
     from stream.records.values import Optics
     from stream.store.layout import OutputLayout
@@ -289,9 +292,10 @@ def ctf(
         except ValueError as error:
             raise InputError(path, str(error)) from error
         ice_ratio = judge_ice(power, pixel, microscope, fitted)
+        crystals = estimate_crystalline_ice(power, pixel)
         if out is not None:
             write_ctf_files(
-                OutputLayout(out), names[path], power, pixel, microscope, fitted, ice_ratio, local
+                OutputLayout(out), names[path], power, pixel, microscope, fitted, ice_ratio, crystals, local
             )
         fit = to_record(fitted, local)
         return {
@@ -299,6 +303,7 @@ def ctf(
             **describe_fit(fit),
             "ctf_status": fitted.status.value,
             "ice_ratio": ice_ratio,
+            "crystalline_ice": crystals,
         }
 
     _run(micrographs, process, as_json=as_json)

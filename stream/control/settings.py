@@ -33,7 +33,7 @@ class ControllerSettings:
     max_attempts: int = 3
     runs_enabled: bool = True
     is_gain_orientation_sought: bool = False
-    max_gain_residual: float = 0.05
+    max_gain_residual: float = 0.2
     n_gain_residual_movies: int = 20
     is_picking_by_template: bool = False
     template_min_resolution_angstrom: float = 20.0

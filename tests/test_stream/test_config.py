@@ -122,6 +122,13 @@ def test_the_search_for_the_ctf_reaches_every_worker(tmp_path: Path) -> None:
     assert told.micrograph_pixel_size_angstrom == pytest.approx(1.77)
 
 
+@pytest.mark.parametrize("executable", [None, "no/such/topaz"])
+def test_topaz_that_is_not_there_is_found_before_any_movie(tmp_path: Path, executable: str | None) -> None:
+    particle = {"picker": "topaz", "topaz_executable": executable}
+    with pytest.raises(ConfigurationError, match="the picker topaz needs its program"):
+        build_worker_spec(load_settings(write(tmp_path, changed(particle=particle))))
+
+
 def test_an_empty_range_of_defocus_is_refused(tmp_path: Path) -> None:
     ctf = {"min_defocus_angstrom": 20000, "max_defocus_angstrom": 10000}
     with pytest.raises(ConfigurationError, match="min_defocus_angstrom is below max_defocus_angstrom"):
