@@ -37,6 +37,16 @@ from stream.store.layout import OutputLayout
 
 log = logging.getLogger(__name__)
 
+CTF_COLUMNS = {
+    "rlnDefocusU": "defocus_u_angstrom",
+    "rlnDefocusV": "defocus_v_angstrom",
+    "rlnDefocusAngle": "astigmatism_angle_deg",
+    "rlnPhaseShift": "phase_shift_deg",
+    "rlnCtfMaxResolution": "ctf_fit_angstrom",
+    "rlnCtfFigureOfMerit": "ctf_score",
+}
+"""RELION's columns of a micrograph's CTF, from the keys of ctf/NAME.json."""
+
 _EVERYTHING = float("-inf")
 
 
@@ -201,15 +211,7 @@ def _micrograph_optics(particle_optics: pd.DataFrame, pixel_size_angstrom: float
 def _ctf_of(path: Path) -> dict[str, Any]:
     """Return RELION's CTF columns of a fit; without a fit they are nan."""
     values = json.loads(path.read_text()) if path.is_file() else {}
-    columns = {
-        "rlnDefocusU": "defocus_u_angstrom",
-        "rlnDefocusV": "defocus_v_angstrom",
-        "rlnDefocusAngle": "astigmatism_angle_deg",
-        "rlnPhaseShift": "phase_shift_deg",
-        "rlnCtfMaxResolution": "fit_resolution_angstrom",
-        "rlnCtfFigureOfMerit": "score",
-    }
     return {
         column: float("nan") if values.get(key) is None else float(values[key])
-        for column, key in columns.items()
+        for column, key in CTF_COLUMNS.items()
     }

@@ -22,7 +22,8 @@ _ROOT_NAMES = ("stream", "actors", "models")
 _FIELDS = "icestream_fields"
 _HIDDEN = "***"
 _RECORD_NAMES = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName", _FIELDS}
-"""What `logging` itself puts on a record; anything else is a field that a plain call gave by `extra`."""
+"""What `logging` itself puts on a record; anything else is a field that a plain call gave by `extra`, but for private
+names, which libraries put there (Ray stamps every record of the process)."""
 
 _SECRET_NAME = re.compile(
     r"(?:^|_)(?:token|secret|password|passwd|passphrase|api_?key|license_?id|authorization|credentials?|cookie)(?:_|$)",
@@ -125,7 +126,9 @@ class _EventFormatter(logging.Formatter):
 
     def fields(self, record: logging.LogRecord) -> dict[str, Any]:
         """Return the record's fields with secrets replaced; values are JSON's own types."""
-        raw: dict[str, object] = {k: v for k, v in vars(record).items() if k not in _RECORD_NAMES}
+        raw: dict[str, object] = {
+            k: v for k, v in vars(record).items() if k not in _RECORD_NAMES and k[0] != "_"
+        }
         raw |= getattr(record, _FIELDS, {})
         if record.exc_info and record.exc_info[1] is not None:
             raw["error"] = f"{type(record.exc_info[1]).__name__}: {record.exc_info[1]}"

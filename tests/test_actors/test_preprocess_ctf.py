@@ -17,6 +17,7 @@ from models.fourier.spectra import average_tile_power, centred_from_half
 from models.optics.ctf import evaluate_ctf, frequency_grid
 from stream.cli import app
 from stream.records.values import Optics
+from stream.sinks.exporter import CTF_COLUMNS
 from stream.store.layout import OutputLayout
 
 PIXEL, SIZE = 1.5, 1152
@@ -84,6 +85,13 @@ def test_a_flat_specimen_has_one_defocus_and_known_uncertainties(tmp_path, flat_
     assert abs(mean - 14000.0) < 4.0 * fit.defocus_sd_angstrom
     assert fit.confidence is not None
     assert fit.confidence > 0.99
+
+
+def test_the_values_have_every_key_that_exports_read(tmp_path, flat_micrograph):
+    layout = OutputLayout(tmp_path)
+    measure_ctf(flat_micrograph, PIXEL, SETTINGS, layout, "flat", StageClock())
+    written = json.loads(layout.ctf_values("flat").read_text())
+    assert {key: written[key] for key in CTF_COLUMNS.values() if written.get(key) is None} == {}
 
 
 def test_the_picture_shows_rings_where_the_fit_has_them(tmp_path, flat_micrograph):

@@ -71,8 +71,8 @@ def write_exposure(layout: OutputLayout, name: str, uids: np.ndarray, *, pixel_s
     fit = {
         "defocus_u_angstrom": 10000.0,
         "defocus_v_angstrom": 9500.0,
-        "fit_resolution_angstrom": 4.5,
-        "score": None,
+        "ctf_fit_angstrom": 4.5,
+        "ctf_score": None,
     }
     layout.ctf_values(name).write_text(json.dumps(fit))
 
@@ -132,6 +132,7 @@ def test_micrographs_have_their_fit_and_count(tmp_path: Path):
     layout, members = make_session(tmp_path)
     result = export_session(layout, members, model_hash=MODEL)
     star = relion_star.read_micrographs_star(layout.exports / "micrographs.star")
+    assert star.particles["rlnCtfMaxResolution"].tolist() == [4.5] * 3
     assert result.n_micrographs == len(star.particles) == 3
     assert star.particles["rlnMicrographName"].tolist() == [f"micrographs/exp {i}.mrc" for i in range(3)]
     assert star.particles["rlnDefocusU"].tolist() == [10000.0] * 3

@@ -59,6 +59,12 @@ def test_a_field_may_be_called_like_a_log_records_own_attribute():
     assert "name=a.tiff message=m levelname=l" in stream.getvalue()
 
 
+def test_what_a_library_stamps_on_every_record_is_no_field():
+    stream = lines()
+    logging.getLogger("stream.x").warning("late", extra={"_ray_timestamp_ns": 17, "movie": "a"})
+    assert stream.getvalue().endswith(" stream.x late movie=a\n")
+
+
 def test_levels_below_the_chosen_one_are_not_written():
     stream = lines(level="warning")
     log = get_logger("stream.x")

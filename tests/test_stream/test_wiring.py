@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +76,9 @@ def test_a_configuration_that_lies_in_the_output_folder_is_heeded_too(
 
 
 def test_workers_are_told_who_picks(tmp_path: Path) -> None:
-    model = tmp_path / "topaz.sav"
+    model, program = tmp_path / "topaz.sav", Path(sys.executable)
     settings = make_settings(
-        tmp_path, particle={"picker": "topaz", "topaz_executable": "topaz", "topaz_model": model}
+        tmp_path, particle={"picker": "topaz", "topaz_executable": program, "topaz_model": model}
     )
     told = build_worker_spec(settings).preprocess
-    assert (told.picker, told.topaz_executable, told.topaz_model) == ("topaz", Path("topaz"), model)
+    assert (told.picker, told.topaz_executable, told.topaz_model) == ("topaz", program, model)
