@@ -54,6 +54,7 @@ class AcquisitionSettings(_Section):
     gain_residual_movies: Annotated[int, Field(ge=1, le=1000)] = 20
     binning: Annotated[float, Field(ge=1, le=8, description="Fourier cropping of the movie")] = 1.0
     has_local_motion: bool = True
+    keeps_unweighted: bool = False
     eer_fractions: Annotated[int, Field(ge=1, le=500)] = 40
     eer_dose_per_fraction_e_per_angstrom2: (
         Annotated[float, Field(gt=0, le=100, description="e/Å²; in place of eer_fractions")] | None

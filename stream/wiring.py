@@ -96,6 +96,7 @@ def _preprocess_settings(settings: SessionSettings) -> PreprocessSettings:
         gain_convention=a.gain_convention,
         binning=a.binning,
         has_local_motion=a.has_local_motion,
+        keeps_unweighted=a.keeps_unweighted,
         ctf_search=_ctf_search(settings.ctf),
         eer_fractions=a.eer_fractions,
         eer_dose_per_fraction_e_per_angstrom2=a.eer_dose_per_fraction_e_per_angstrom2,

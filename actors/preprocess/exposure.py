@@ -94,6 +94,8 @@ def _preprocess(
         )
     with clock.measure("write"):
         write_micrograph(layout.micrograph(name), summed.micrograph.numpy(), pixel)
+        if settings.keeps_unweighted and exposure.kind is InputKind.MOVIE:
+            write_micrograph(layout.unweighted(name), summed.unweighted.numpy(), pixel)
     measured = measure_ctf(summed.unweighted, pixel, settings, layout, name, clock)
     picks = pick_particles(name, summed.micrograph, pixel, settings, measured, layout, template_run, clock)
     with clock.measure("write"):

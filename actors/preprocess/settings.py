@@ -29,7 +29,8 @@ class PreprocessSettings:
     `pick_threshold_sd` is a calibrated z-score, `pick_diameter_tolerance` the half width of the picked diameters. `picker` is
     "blob", "template-after-map" (blobs until a command names a run) or "topaz", with its program and model.
     The events of an EER are summed into `eer_fractions` frames, or into as many as come nearest to
-    `eer_dose_per_fraction_e_per_angstrom2`, on pixels of 1 / `eer_upsampling` the sensor's.
+    `eer_dose_per_fraction_e_per_angstrom2`, on pixels of 1 / `eer_upsampling` the sensor's. `keeps_unweighted` writes the
+    sum without dose weights as well.
     """
 
     pixel_size_angstrom: float
@@ -46,6 +47,7 @@ class PreprocessSettings:
     eer_dose_per_fraction_e_per_angstrom2: float | None = None
     eer_upsampling: EerUpsampling = 1
     has_local_motion: bool = True
+    keeps_unweighted: bool = False
     alignment: AlignmentSettings = field(default_factory=AlignmentSettings)
     ctf_search: CtfSearch = field(default_factory=CtfSearch)
     particle_diameter_angstrom: float = 150.0

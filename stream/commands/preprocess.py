@@ -86,6 +86,9 @@ def preprocess(
     binning: Annotated[
         float, typer.Option("--binning", min=1, max=8, help="Fourier cropping of the movie.")
     ] = 1.0,
+    keeps_unweighted: Annotated[
+        bool, typer.Option("--unweighted", help="Write the sums without dose weights as well.")
+    ] = False,
     eer_fractions: Annotated[
         int, typer.Option("--eer-fractions", min=1, help="Dose fractions of an EER.")
     ] = 40,
@@ -143,6 +146,7 @@ def preprocess(
         gain_flip_y=gain_flip_y,
         gain_rotate_deg=gain_rotate_deg,
         gain_convention=cast("GainConvention", gain_convention),
+        keeps_unweighted=keeps_unweighted,
         binning=binning,
         eer_fractions=eer_fractions,
         eer_dose_per_fraction_e_per_angstrom2=eer_dose_per_fraction_e_per_angstrom2,

@@ -112,7 +112,8 @@ def choose_warm_start(
 def describe_verdict(result: RunResult, settings: ControllerSettings) -> str:
     """Say in words what a result means."""
     if result.resolution_angstrom is None:
-        return "not accepted: the half maps do not agree at any resolution"
+        reason = "the half maps do not agree at any resolution"
+        return f"not accepted: {reason} ({result.note})" if result.note else f"not accepted: {reason}"
     cfar = "unknown" if result.cfar is None else f"{result.cfar:.2f}"
     if not is_accepted(result, settings):
         return (

@@ -186,6 +186,7 @@ def _write_micrographs(
         row = _ctf_of(layout.ctf_values(member.name)) | {
             "rlnMicrographName": name,
             "rlnOpticsGroup": 1,
+            "rlnMicrographNameNoDW": _unweighted_of(member, layout),
             "icestreamParticles": 0 if star is None else len(star.particles),
         }
         optics = _micrograph_optics((star or first).optics, places[name].pixel_size_angstrom)
@@ -206,6 +207,12 @@ def _micrograph_optics(particle_optics: pd.DataFrame, pixel_size_angstrom: float
     return make_micrograph_optics(
         optics, micrograph_pixel_size_angstrom=pixel_size_angstrom, name=str(row["rlnOpticsGroupName"])
     )
+
+
+def _unweighted_of(member: RunMember, layout: OutputLayout) -> str:
+    """Return RELION's second micrograph; "None" is its word for one that was not written."""
+    path = layout.unweighted(member.name)
+    return layout.relative(path) if path.is_file() else "None"
 
 
 def _ctf_of(path: Path) -> dict[str, Any]:

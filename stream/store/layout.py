@@ -48,6 +48,10 @@ class OutputLayout:
         """The aligned, dose-weighted micrograph."""
         return self.root / "micrographs" / f"{name}.mrc"
 
+    def unweighted(self, name: str) -> Path:
+        """The aligned micrograph without dose weights, where it was asked for."""
+        return self.root / "micrographs" / "unweighted" / f"{name}.mrc"
+
     def thumbnail(self, name: str) -> Path:
         """The micrograph's picture with its picks."""
         return self.root / "micrographs" / f"{name}.png"

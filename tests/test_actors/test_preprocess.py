@@ -198,6 +198,22 @@ def test_running_twice_leaves_the_same_result(processed, movie_frames):
     assert second.ctf.defocus_u_angstrom == pytest.approx(first.ctf.defocus_u_angstrom, abs=0.5)
 
 
+@pytest.mark.parametrize("dose", [None, 60.0])
+def test_the_sum_without_dose_weights_is_kept_on_demand(movie_frames, tmp_path, dose):
+    write_tiff(tmp_path / "m.tiff", movie_frames[0])
+    layout = OutputLayout(tmp_path / "out")
+    settings = make_settings(keeps_unweighted=True, dose_e_per_angstrom2=dose, has_local_motion=False)
+    preprocess_exposure(make_exposure(tmp_path / "m.tiff"), settings, layout)
+    with (
+        mrcfile.open(layout.unweighted("exposure_1")) as plain,
+        mrcfile.open(layout.micrograph("exposure_1")) as weighted,
+    ):
+        assert plain.voxel_size.x == weighted.voxel_size.x == pytest.approx(PIXEL)
+        # without a dose there is nothing to weigh by
+        assert np.array_equal(plain.data, weighted.data) == (dose is None)
+        assert np.corrcoef(plain.data.ravel(), weighted.data.ravel())[0, 1] > 0.7
+
+
 def test_gain_and_dead_pixels_are_corrected(movie_frames, tmp_path):
     generator = np.random.default_rng(0)
     gain = generator.uniform(0.8, 1.25, (SIZE, SIZE)).astype(np.float32)
