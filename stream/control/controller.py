@@ -240,6 +240,9 @@ class Controller:
             return
         if known.file == exposure.file and known.state is not ExposureState.QUARANTINED:
             return
+        if known.file_in_work is None:
+            # it may have flown under other settings, with the file that it had then
+            known.file_in_work = known.file
         known.exposure, known.file = exposure, exposure.file
         if known.state in (ExposureState.IN_WORK, ExposureState.WAITING):
             # The file changed under our hands: what is in work is outdated, and `_land` takes it again.
@@ -263,7 +266,7 @@ class Controller:
             known.file, known.reason = event.file, event.reason
 
     def _take_preprocessed(self, at: float, result: PreprocessResult) -> None:
-        record = self._land(result.exposure_id, Stage.PREPROCESS)
+        record = self._land(result.exposure_id, Stage.PREPROCESS, is_done=True)
         if record is None:
             return
         record.n_particles, record.n_excluded = result.n_particles, result.n_excluded_particles
@@ -276,7 +279,7 @@ class Controller:
             self.decisions.add(at, "watch the gain reference", said)
 
     def _take_ranked(self, at: float, result: RankResult) -> None:
-        record = self._land(result.exposure_id, Stage.RANK)
+        record = self._land(result.exposure_id, Stage.RANK, is_done=True)
         if record is None:
             return
         record.score_histogram = array("I", result.score_histogram)
@@ -312,17 +315,35 @@ class Controller:
             self._waiting[record.stage].remove(record.exposure_id)
             self._books.move(record, ExposureState.QUARANTINED, reason)
 
-    def _land(self, exposure_id: ExposureId, stage: Stage) -> ExposureRecord | None:
-        """Take an exposure out of flight; None when the outcome is late, a duplicate, or of an older file."""
-        if exposure_id not in self._in_flight[stage]:
+    def _land(self, exposure_id: ExposureId, stage: Stage, *, is_done: bool = False) -> ExposureRecord | None:
+        """Take an exposure out of flight; None when the outcome is late, a duplicate, or of an older file.
+
+        A result that is there (`is_done`) also counts while its exposure waits for the stage: the journal may have
+        been written under settings that let more items fly, or the worker was given up too early.
+        """
+        record = self.exposures.get(exposure_id)
+        if record is None:
             return None
-        self._in_flight[stage].discard(exposure_id)
-        record = self.exposures[exposure_id]
+        if exposure_id in self._in_flight[stage]:
+            self._in_flight[stage].discard(exposure_id)
+        elif is_done and self._is_awaited(record, stage):
+            self._waiting[stage].remove(exposure_id)
+            self._books.move(record, ExposureState.IN_WORK)
+            record.file_in_work = record.file
+            return record
+        else:
+            return None
         if record.file_in_work != record.file:
             record.attempts = 0
             self._queue(record, Stage.PREPROCESS)
             return None
         return record
+
+    @staticmethod
+    def _is_awaited(record: ExposureRecord, stage: Stage) -> bool:
+        """True when the exposure waits for this stage with the file that its last command named, if any did."""
+        is_waiting = record.state is ExposureState.WAITING and record.stage is stage
+        return is_waiting and record.file_in_work in (None, record.file)
 
     def _settle(self, record: ExposureRecord, *, first: bool = False) -> None:
         """Move a preprocessed exposure to where judgement and scores say that it belongs."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import settings as hypothesis_settings
@@ -203,6 +204,9 @@ def test_nothing_new_starts_while_draining_or_while_the_disk_is_full() -> None:
     assert play(controller, found("b")) == []
 
 
+WIDE: dict[str, Any] = {"max_in_flight_preprocess": 8, "max_in_flight_rank": 8}
+
+
 def test_a_restart_issues_again_what_had_no_outcome_and_the_same_run() -> None:
     events: list[Event] = [
         found("a"),
@@ -220,6 +224,35 @@ def test_a_restart_issues_again_what_had_no_outcome_and_the_same_run() -> None:
     kinds = [type(c).__name__ for c in commands]
     assert kinds == ["StartRun", "Rank", "Preprocess"]
     assert before.runs == after.runs
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_in_flight_preprocess": 1, "max_in_flight_rank": 1},
+        {"is_gain_orientation_sought": True},
+    ],
+)
+def test_results_in_the_journal_count_under_settings_that_would_have_waited(changes: dict[str, Any]) -> None:
+    events: list[Event] = [*(found(n) for n in "abcd"), preprocessed("b"), preprocessed("a"), ranked("b", 60)]
+    events += [preprocessed("c"), preprocessed("d"), ranked("d", 60)]
+    before = Controller(replace(SETTINGS, **WIDE))
+    after = Controller(replace(SETTINGS, **{**WIDE, **changes}))
+    for controller in (before, after):
+        play(controller, *events)
+        controller.check_invariants()
+    assert after.n_above_threshold == before.n_above_threshold > 0
+    assert {r.name: r.half_set for r in after.exposures.values()} == {
+        r.name: r.half_set for r in before.exposures.values()
+    }
+    commands = play(after, SessionOpened(at=9.0, settings_digest="", version=""))
+    assert not [c for c in commands if isinstance(c, Preprocess)]
+
+
+def test_a_result_of_an_older_file_does_not_count_for_an_exposure_that_waits() -> None:
+    controller = Controller(replace(SETTINGS, max_in_flight_preprocess=1))
+    play(controller, found("a"), found("b"), found("b", version=2), preprocessed("b"))
+    assert controller.exposures[ExposureId("b")].state is ExposureState.WAITING
 
 
 def test_new_micrographs_are_picked_with_the_accepted_map_once_it_is_good_enough() -> None:
