@@ -61,7 +61,7 @@ def test_a_field_may_be_called_like_a_log_records_own_attribute():
 
 def test_what_a_library_stamps_on_every_record_is_no_field():
     stream = lines()
-    logging.getLogger("stream.x").warning("late", extra={"_ray_timestamp_ns": 17, "movie": "a"})
+    logging.getLogger("stream.x").warning("late", extra={"_stamp_of_a_library": 17, "movie": "a"})
     assert stream.getvalue().endswith(" stream.x late movie=a\n")
 
 
