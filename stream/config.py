@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from stream.control.settings import ControllerSettings
 from stream.records.errors import ConfigurationError
 from stream.records.values import Optics, QualityLimits
+from stream.store.yaml_files import read_mapping
 
 Voltage = Annotated[float, Field(ge=60, le=400, description="kV; 300000 is in volts")]
 Length = Annotated[float, Field(gt=0)]
@@ -300,17 +301,7 @@ def load_settings(path: Path) -> SessionSettings:
 
     Raises `ConfigurationError` that names the file, the key, the value and the rule.
     """
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigurationError(path, f"the configuration must be readable: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigurationError(
-            path, f"the configuration must be YAML: {' '.join(str(error).split())}"
-        ) from error
-    if not isinstance(document, Mapping):
-        raise ConfigurationError(path, "the configuration must be a mapping of keys", type(document).__name__)
-    settings = parse_settings(document, item=str(path))
+    settings = parse_settings(read_mapping(path), item=str(path))
     return _anchor_paths(settings, path.parent)
 
 

@@ -12,7 +12,6 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from models.cryogem.baselines import NoiseModel
@@ -20,6 +19,7 @@ from models.cryogem.networks import NetworkSettings
 from models.cryogem.physics import PhysicsSettings
 from models.cryogem.settings import CryogemSettings, TrainingSettings
 from stream.records.errors import ConfigurationError
+from stream.store.yaml_files import read_mapping
 
 T = TypeVar("T")
 NoiseName = Literal["cryogem", "none"] | NoiseModel
@@ -135,16 +135,7 @@ def read_generate_config(path: Path) -> GenerateConfig:
 
 
 def _read(path: Path, kind: type[T]) -> T:
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigurationError(path, f"the configuration must be readable: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigurationError(
-            path, f"the configuration must be YAML: {' '.join(str(error).split())}"
-        ) from error
-    if not isinstance(document, Mapping):
-        raise ConfigurationError(path, "the configuration is a mapping of keys", type(document).__name__)
+    document = read_mapping(path)
     _check_keys(path, document, kind, "")
     try:
         value = TypeAdapter(kind).validate_python(document)
