@@ -27,6 +27,7 @@ from stream.records.errors import ConfigurationError
 from stream.records.events import BY_CONFIGURATION, Event, QualityLimitsChanged
 from stream.records.values import InputKind
 from stream.status import summarize
+from stream.store.files import remove_leftovers
 from stream.store.journal import Journal
 from stream.store.layout import OutputLayout
 from stream.telemetry.logs import get_logger
@@ -201,6 +202,8 @@ def open_service(
             controller.handle(event)
             telemetry.observe(event, replay=True)
         _commit_configured_limits(settings, journal, controller)
+        if n_left := remove_leftovers(layout.stage_folders):
+            log.info("leftovers_removed", files=n_left)
         write_session(settings, layout)
         _serve_metrics(telemetry, settings)
         source = build_source(settings, controller)

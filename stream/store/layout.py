@@ -44,6 +44,12 @@ class OutputLayout:
         """STAR and .cs exports."""
         return self.root / "export"
 
+    @property
+    def stage_folders(self) -> tuple[Path, ...]:
+        """Where stages write the files of single exposures."""
+        one = (self.micrograph, self.unweighted, self.motion, self.ctf_values, self.picks, self.particles)
+        return tuple(path("x").parent for path in one)
+
     def micrograph(self, name: str) -> Path:
         """The aligned, dose-weighted micrograph."""
         return self.root / "micrographs" / f"{name}.mrc"

@@ -82,3 +82,16 @@ def test_workers_are_told_who_picks(tmp_path: Path) -> None:
     )
     told = build_worker_spec(settings).preprocess
     assert (told.picker, told.topaz_executable, told.topaz_model) == ("topaz", program, model)
+
+
+def test_a_start_removes_what_killed_stages_left_and_nothing_else(
+    tmp_path: Path, layout: OutputLayout
+) -> None:
+    left = [folder / ".tmp-6538eaff-a.png" for folder in layout.stage_folders]
+    kept = [layout.micrograph("a"), layout.thumbnail("a"), layout.root / "runs" / ".tmp-run001" / "map.mrc"]
+    for path in [*left, *kept]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"half")
+    start(make_settings(tmp_path))
+    assert [path for path in left if path.exists()] == []
+    assert [path for path in kept if not path.exists()] == []
