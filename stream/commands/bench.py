@@ -34,6 +34,8 @@ def bench(
     """Rerun one benchmark."""
     if name not in BENCHMARKS:
         raise ConfigurationError("bench", f"a benchmark is one of {', '.join(BENCHMARKS)}", name)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="icestream-bench-", dir=folder) as work:
         figures = BENCHMARKS[name](Path(work), size)
     if as_json:
