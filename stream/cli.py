@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 
+from stream import __version__
 from stream.commands import REGISTERS
 from stream.commands.common import console
 from stream.records.errors import ConfigurationError, IcestreamError
@@ -18,6 +20,22 @@ app = typer.Typer(
 )
 for _register in REGISTERS:
     _register(app)
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"icestream {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Take the options that stand before a command's name."""
 
 
 def main() -> None:
