@@ -9,6 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stream.records.values import (
+    CampaignId,
+    CampaignRequest,
+    ClusteringId,
+    ClusteringRequest,
+    ClusteringResult,
     Exposure,
     ExposureId,
     FailureKind,
@@ -18,9 +23,11 @@ from stream.records.values import (
     QualityLimits,
     RankResult,
     RunId,
+    RunRequest,
     RunResult,
     Stage,
 )
+from stream.records.wishes import Wish
 
 BY_CONFIGURATION = "configuration"
 """`request_id` of limits that came from the session's configuration and not from a person's request."""
@@ -73,25 +80,42 @@ class GainOriented:
 class QualityLimitsChanged:
     """Somebody set the limits that exposures are accepted by; every exposure is judged again.
 
-    `request_id` names the request that asked for it, so that none takes effect twice; "" when none did.
+    `request_id` names the request that asked for it, so that none takes effect twice; "" when none did. `undoes`
+    names the decision that this event takes back, "" for a decision of its own.
     """
 
     at: float
     limits: QualityLimits
     reason: str
     request_id: str = ""
+    undoes: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExposureOverruled:
     """Somebody accepted or rejected an exposure whatever the limits say; None takes that back.
 
-    `request_id` names the request that asked for it, so that none takes effect twice; "" when none did.
+    `request_id` names the request that asked for it, so that none takes effect twice; "" when none did. `undoes`
+    names the decision that this event takes back, "" for a decision of its own.
     """
 
     at: float
     exposure_id: ExposureId
     is_accepted: bool | None
+    reason: str
+    request_id: str = ""
+    undoes: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionDecided:
+    """Somebody decided about the runs, or about the exposures of some time (`stream.records.wishes`).
+
+    `request_id` names the request that asked for it, so that none takes effect twice; "" when none did.
+    """
+
+    at: float
+    wish: Wish
     reason: str
     request_id: str = ""
 
@@ -124,6 +148,57 @@ class StageFailed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CampaignStarted:
+    """A row of runs was decided on the exposures that are in use now; they stay its exposures."""
+
+    at: float
+    request: CampaignRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CampaignEnded:
+    """A campaign has nothing left to do, or is given up; `accepted` is the run whose map it chose, if any."""
+
+    at: float
+    campaign_id: CampaignId
+    accepted: RunId | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStarted:
+    """An engine run was decided; it is committed before the engine hears of it."""
+
+    at: float
+    request: RunRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusteringStarted:
+    """A clustering of a campaign's particles was decided."""
+
+    at: float
+    request: ClusteringRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParticlesClustered:
+    """A clustering ended well."""
+
+    at: float
+    result: ClusteringResult
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusteringFailed:
+    """A clustering failed."""
+
+    at: float
+    clustering_id: ClusteringId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunEnded:
     """An engine run ended with a result."""
 
@@ -134,6 +209,15 @@ class RunEnded:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunFailed:
     """An engine run failed."""
+
+    at: float
+    run_id: RunId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunCancelled:
+    """An engine run was stopped because its result was no longer wanted."""
 
     at: float
     run_id: RunId
@@ -170,11 +254,19 @@ Event = (
     | GainOriented
     | QualityLimitsChanged
     | ExposureOverruled
+    | SessionDecided
     | ExposurePreprocessed
     | ExposureRanked
     | StageFailed
+    | CampaignStarted
+    | CampaignEnded
+    | RunStarted
     | RunEnded
     | RunFailed
+    | RunCancelled
+    | ClusteringStarted
+    | ParticlesClustered
+    | ClusteringFailed
     | DiskSpaceChanged
     | InputEnded
     | DrainRequested

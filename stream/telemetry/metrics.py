@@ -35,6 +35,7 @@ from stream.records.events import (
     QualityLimitsChanged,
     RunEnded,
     RunFailed,
+    SessionDecided,
     SessionOpened,
     StageFailed,
 )
@@ -173,7 +174,7 @@ class Telemetry:
                 series.disk_low.set(event.is_low)
             case InputEnded() | DrainRequested():
                 series.session_open.set(0)
-            case GainOriented() | QualityLimitsChanged() | ExposureOverruled():
+            case GainOriented() | QualityLimitsChanged() | ExposureOverruled() | SessionDecided():
                 pass  # what follows from them is in the controller's books
             case _:
                 assert_never(event)
