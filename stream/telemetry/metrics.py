@@ -22,6 +22,10 @@ from prometheus_client import CollectorRegistry
 
 from stream.records.errors import InvariantError
 from stream.records.events import (
+    CampaignEnded,
+    CampaignStarted,
+    ClusteringFailed,
+    ClusteringStarted,
     DiskSpaceChanged,
     DrainRequested,
     Event,
@@ -32,9 +36,12 @@ from stream.records.events import (
     FileRejected,
     GainOriented,
     InputEnded,
+    ParticlesClustered,
     QualityLimitsChanged,
+    RunCancelled,
     RunEnded,
     RunFailed,
+    RunStarted,
     SessionDecided,
     SessionOpened,
     StageFailed,
@@ -168,13 +175,25 @@ class Telemetry:
             case RunEnded():
                 self._take_run(event.result)
             case RunFailed():
-                is_superseded = any(word in event.reason.lower() for word in ("supersede", "cancel"))
-                self._count_run("superseded" if is_superseded else "failed")
+                self._count_run("failed")
             case DiskSpaceChanged():
                 series.disk_low.set(event.is_low)
             case InputEnded() | DrainRequested():
                 series.session_open.set(0)
-            case GainOriented() | QualityLimitsChanged() | ExposureOverruled() | SessionDecided():
+            case RunCancelled():
+                self._count_run("superseded")
+            case (
+                GainOriented()
+                | QualityLimitsChanged()
+                | ExposureOverruled()
+                | SessionDecided()
+                | CampaignStarted()
+                | CampaignEnded()
+                | RunStarted()
+                | ClusteringStarted()
+                | ParticlesClustered()
+                | ClusteringFailed()
+            ):
                 pass  # what follows from them is in the controller's books
             case _:
                 assert_never(event)

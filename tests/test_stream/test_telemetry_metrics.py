@@ -21,6 +21,7 @@ from stream.records.events import (
     ExposureRanked,
     FileRejected,
     InputEnded,
+    RunCancelled,
     RunEnded,
     RunFailed,
     SessionOpened,
@@ -183,7 +184,7 @@ STORY: list[Event] = [
     failed("b", FailureKind.INPUT),
     run_ended(60.0, None, None),
     run_ended(61.0, 7.5, 0.6),
-    RunFailed(at=62.0, run_id=RunId("s"), reason="superseded by run t"),
+    RunCancelled(at=62.0, run_id=RunId("s"), reason="superseded by run t"),
 ]
 
 
