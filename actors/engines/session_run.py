@@ -50,7 +50,7 @@ def run_engine(
     started = time.monotonic()
     particles = work / "particles.star"
     n_particles = write_run_input(
-        layout, command.members, request.model_hash, request.score_threshold, particles
+        layout, command.members, request.model_hash, request.subset.score_threshold, particles
     )
     collected_s = time.monotonic() - started
     log.info("run_started run=%s particles=%d", request.run_id, n_particles)

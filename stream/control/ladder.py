@@ -20,7 +20,15 @@ from stream.control.runs import (
 )
 from stream.control.settings import ControllerSettings
 from stream.records.commands import StartRun
-from stream.records.values import ExposureId, RunId, RunRequest, RunResult
+from stream.records.values import (
+    CampaignId,
+    ExposureId,
+    ParticleSubset,
+    RunId,
+    RunPurpose,
+    RunRequest,
+    RunResult,
+)
 
 
 class RunLadder:
@@ -124,10 +132,16 @@ class RunLadder:
         run_id = RunId(f"run{len(self.runs) + 1:03d}")
         request = RunRequest(
             run_id=run_id,
+            campaign_id=CampaignId(f"campaign{len(self.runs) + 1:03d}"),
+            purpose=RunPurpose.UPDATE,
+            subset=ParticleSubset(score_threshold=self._settings.score_threshold),
             n_particles=n,
-            score_threshold=self._settings.score_threshold,
             model_hash=self._books.model_hash,
+            symmetry="C1",
+            mask_diameter_angstrom=None,
+            start_map=None,
             warm_start=choose_warm_start(list(self.runs.values()), n, self._settings),
+            compare_with=None,
             reason=reason,
         )
         if self.queued is not None:

@@ -1,10 +1,14 @@
-"""Commands: what the controller wants done; each is answered by exactly one event."""
+"""Commands: what the controller wants done; each is answered by exactly one event.
+
+`CancelRun` has no answer of its own: the event that answers its `StartRun` answers both.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from stream.records.values import (
+    ClusteringRequest,
     Exposure,
     ExposureId,
     GainOrientation,
@@ -55,10 +59,26 @@ class RunMember:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartRun:
-    """Run the engine on the particles above the threshold of these exposures."""
+    """Run the engine on the request's subset of these exposures' particles."""
 
     request: RunRequest
     members: tuple[RunMember, ...]
 
 
-Command = Preprocess | OrientGain | Rank | StartRun
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CancelRun:
+    """Stop a run whose result is no longer wanted, unless it has been answered already."""
+
+    run_id: RunId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterParticles:
+    """Divide the particles of the request's subset into clusters of like views."""
+
+    request: ClusteringRequest
+    members: tuple[RunMember, ...]
+
+
+Command = Preprocess | OrientGain | Rank | StartRun | CancelRun | ClusterParticles

@@ -12,6 +12,8 @@ from typing import Literal, NewType
 
 ExposureId = NewType("ExposureId", str)
 RunId = NewType("RunId", str)
+CampaignId = NewType("CampaignId", str)
+ClusteringId = NewType("ClusteringId", str)
 HalfSet = Literal[1, 2]
 
 
@@ -206,20 +208,139 @@ class RankResult:
     batch_sizes: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunRequest:
-    """An engine run that the controller asks for.
+class CampaignTrigger(Enum):
+    """Why a campaign is due."""
 
-    `n_particles` is the number above `score_threshold` when the run was decided; `warm_start` names the run
-    whose map and poses to start from, None = from nothing.
+    RUNG = "rung"
+    LOSS = "loss"
+    RESCORED = "rescored"
+    SETTINGS = "settings"
+    USER = "user"
+    END = "end"
+
+
+class CampaignPlan(Enum):
+    """What a campaign does: one run on everything, or the paper's whole search."""
+
+    LIGHT = "light"
+    FULL = "full"
+
+
+class SweepPolicy(Enum):
+    """How the number of particles is searched: the paper's nested parts, or upstream's later bounds and turns."""
+
+    PAPER = "paper"
+    BOUNDS = "bounds"
+
+
+class RunPurpose(Enum):
+    """What a run is for, within its campaign."""
+
+    UPDATE = "update"  # everything, continued from the accepted map and its poses
+    REBUILD = "rebuild"  # everything, from nothing, to be compared with the update
+    INITIAL = "initial"  # the best ranked, from nothing
+    UNION = "union"  # clusters that the sums of another run foretell to be isotropic together
+    CLUSTER = "cluster"  # one cluster of like views, from nothing
+    TEMPLATE = "template"  # everything, refined from the chosen cluster's map
+    SWEEP = "sweep"  # the best ranked, refined from the campaign's initial model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParticleSubset:
+    """Which of the members' particles a run uses: of those above the threshold (and in the clusters) the best `top`.
+
+    Ranks go over all members; equal scores are ranked by uid, so that the order of arrival does not matter.
+    `clusters` are labels of `clustering`; empty = all.
     """
 
-    run_id: RunId
+    score_threshold: float
+    top: int | None = None
+    clustering: ClusteringId | None = None
+    clusters: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CampaignRequest:
+    """A row of engine runs on one set of exposures, with every number that its runs are derived from.
+
+    `n_particles` is k, the number above `score_threshold`. `search_sizes` are the sizes of the runs from nothing.
+    `count_range` are the counts at the two scores that bound the search by turns (None with nested parts).
+    """
+
+    campaign_id: CampaignId
+    trigger: CampaignTrigger
+    plan: CampaignPlan
+    sweep: SweepPolicy
     n_particles: int
     score_threshold: float
     model_hash: str
-    warm_start: RunId | None
+    symmetry: str
+    mask_diameter_angstrom: float | None
+    search_sizes: tuple[int, ...]
+    n_parts: int
+    count_range: tuple[int, int] | None
     reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusteringRequest:
+    """A division of a campaign's particles into clusters of like views, by k-means++ on their features."""
+
+    clustering_id: ClusteringId
+    campaign_id: CampaignId
+    model_hash: str
+    subset: ParticleSubset
+    n_clusters: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusteringResult:
+    """Particles per cluster, in the order of the labels; `folder` (relative) holds labels.npz.
+
+    Particles without a feature are in no cluster.
+    """
+
+    clustering_id: ClusteringId
+    sizes: tuple[int, ...]
+    n_without_features: int
+    folder: str
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRequest:
+    """An engine run that the controller asks for; complete, so that a replay asks no settings.
+
+    `n_particles` is what the subset was expected to hold when the run was decided. `start_map` names the run
+    whose map is the reference, `warm_start` the run whose poses and sums are continued, too; None = from nothing.
+    `compare_with` names the run whose map the result is correlated with.
+    """
+
+    run_id: RunId
+    campaign_id: CampaignId
+    purpose: RunPurpose
+    subset: ParticleSubset
+    n_particles: int
+    model_hash: str
+    symmetry: str
+    mask_diameter_angstrom: float | None
+    start_map: RunId | None
+    warm_start: RunId | None
+    compare_with: RunId | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnionForecast:
+    """What the sums of a run foretell of the best union of its clusters, without another refinement."""
+
+    clustering: ClusteringId
+    clusters: tuple[int, ...]
+    n_particles: int
+    resolution_angstrom: float | None
+    cfar: float | None
+    cfar_null: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,6 +349,8 @@ class RunResult:
 
     `resolution_angstrom` is where the corrected half-map FSC crosses 0.143. `folder` is relative to the
     output folder and holds map.mrc half1.mrc half2.mrc mask.mrc fsc.star poses.star orientation.json.
+    `nyquist_angstrom` is the finest resolution that the working box can show. `correlation` is that with the map
+    of the run that was to be compared with, after alignment.
     """
 
     run_id: RunId
@@ -241,3 +364,6 @@ class RunResult:
     note: str
     folder: str
     seconds: dict[str, float]
+    nyquist_angstrom: float | None = None
+    correlation: float | None = None
+    union: UnionForecast | None = None

@@ -16,7 +16,14 @@ from actors.outcomes import event_for
 from stream.records.commands import StartRun
 from stream.records.errors import InputError, ResourceError
 from stream.records.events import RunFailed
-from stream.records.values import FailureKind, RunId, RunRequest
+from stream.records.values import (
+    CampaignId,
+    FailureKind,
+    ParticleSubset,
+    RunId,
+    RunPurpose,
+    RunRequest,
+)
 from stream.store.files import replacing
 
 
@@ -54,7 +61,18 @@ def test_everything_else_belongs_to_the_machine_and_names_the_item(error: Except
 
 def test_a_failed_run_is_answered_with_its_reason() -> None:
     request = RunRequest(
-        run_id=RunId("run001"), n_particles=5, score_threshold=0.4, model_hash="m", warm_start=None, reason=""
+        run_id=RunId("run001"),
+        campaign_id=CampaignId("campaign001"),
+        purpose=RunPurpose.UPDATE,
+        subset=ParticleSubset(score_threshold=0.4),
+        n_particles=5,
+        model_hash="m",
+        symmetry="C1",
+        mask_diameter_angstrom=None,
+        start_map=None,
+        warm_start=None,
+        compare_with=None,
+        reason="",
     )
     failure = Failure(kind=FailureKind.RESOURCE, reason="too few particles")
     event = event_for(StartRun(request=request, members=()), failure, 7.0)

@@ -9,7 +9,7 @@ import pytest
 from actors.engines import session_run
 from actors.engines.base import EngineInput, EngineSettings, SeedRefused
 from stream.records.commands import StartRun
-from stream.records.values import RunId, RunRequest
+from stream.records.values import CampaignId, ParticleSubset, RunId, RunPurpose, RunRequest
 from stream.store.layout import OutputLayout
 
 
@@ -28,10 +28,16 @@ class RefusingEngine:
 def command() -> StartRun:
     request = RunRequest(
         run_id=RunId("run-0001"),
+        campaign_id=CampaignId("campaign001"),
+        purpose=RunPurpose.UPDATE,
+        subset=ParticleSubset(score_threshold=0.4),
         n_particles=300,
-        score_threshold=0.4,
         model_hash="m",
+        symmetry="C1",
+        mask_diameter_angstrom=None,
+        start_map=None,
         warm_start=None,
+        compare_with=None,
         reason="test",
     )
     return StartRun(request=request, members=())
