@@ -20,6 +20,7 @@ from stream.control.ladder import RunLadder
 from stream.control.quality import describe_limits, figures_of
 from stream.control.runs import RunRecord
 from stream.control.settings import ControllerSettings
+from stream.control.wishes import Wishes
 from stream.records.commands import Command, Preprocess, Rank, RunMember
 from stream.records.errors import InvariantError
 from stream.records.events import (
@@ -37,6 +38,7 @@ from stream.records.events import (
     QualityLimitsChanged,
     RunEnded,
     RunFailed,
+    SessionDecided,
     SessionOpened,
     StageFailed,
 )
@@ -67,6 +69,7 @@ class Controller:
         self.limits = QualityLimits()
         self.configured_limits = QualityLimits()
         self.request_ids: set[str] = set()
+        self.wishes = Wishes()
         self.gain = GainSearch(settings)
         self.gain_residual = ResidualWatch(settings)
         self.is_input_ended = False
@@ -79,6 +82,7 @@ class Controller:
     def handle(self, event: Event) -> list[Command]:
         """Take one event and return what is to be done now."""
         reissued: list[Command] = []
+        self.wishes.take(event)
         match event:
             case SessionOpened():
                 reissued = self._reopen()
@@ -94,6 +98,8 @@ class Controller:
             case ExposureOverruled():
                 self.request_ids |= {event.request_id} - {""}
                 self._take_overrule(event)
+            case SessionDecided():
+                self.request_ids |= {event.request_id} - {""}
             case ExposurePreprocessed(result=preprocessed):
                 self._take_preprocessed(event.at, preprocessed)
             case ExposureRanked(result=ranked):

@@ -107,12 +107,9 @@ class Wishes:
                 before = self._words.get(exposure_id, OverruleWord())
                 self._words[exposure_id] = after
                 words = OverruleChange(exposure_id=exposure_id, before=before, after=after)
-                verb = {True: "accept", False: "reject", None: "judge by the limits again:"}[
-                    event.is_accepted
-                ]
-                self._add(
-                    event.at, f"{verb} exposure {exposure_id}", event.reason, words, undoes=event.undoes
-                )
+                verb = {True: "accept", False: "reject", None: "judge by the limits again:"}
+                what = f"{verb[event.is_accepted]} exposure"
+                self._add(event.at, what, event.reason, words, undoes=event.undoes)
             case _:
                 pass
 
@@ -126,6 +123,11 @@ class Wishes:
     def find_undo_of(self, decision_id: str) -> PersonsDecision | None:
         """Return the decision that stands and that took this one back, or None."""
         return next((d for d in self.history if d.undoes == decision_id and not d.is_undone), None)
+
+    def word_without(self, change: OverruleChange) -> OverruleWord:
+        """Return the word on an exposure without this change; one that was said since stays as it is."""
+        now = self._words.get(change.exposure_id, OverruleWord())
+        return change.before if now == change.after else now
 
     def is_excluded(self, exposure: Exposure) -> bool:
         """Tell whether an exposure was taken in a time that a person excluded."""
