@@ -10,7 +10,7 @@ import difflib
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -25,6 +25,10 @@ Length = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1, description="a fraction, not per cent")]
 # Underfocus is positive; a value in µm would lie under the bound.
 Defocus = Annotated[float | None, Field(ge=100, le=200_000, description="Å, not µm")]
+
+Symmetry = Annotated[
+    str, Field(pattern=r"^(C[1-9]\d?|D[2-9]\d?|T|O|I)$", description="a point group: Cn, Dn, T, O or I")
+]
 
 
 class _Section(BaseModel):
@@ -190,7 +194,7 @@ class EngineChoice(_Section):
     """Which engine reconstructs, and with what."""
 
     name: Literal["embedded"] = "embedded"
-    symmetry: Annotated[str, Field(pattern=r"^(C[1-9]\d?|D[2-9]\d?|T|O|I)$")] = "C1"
+    symmetry: Symmetry = "C1"
     mask_diameter_angstrom: Length | None = None
     n_threads: Annotated[int, Field(ge=1, le=256)] | None = None
     n_starts: Annotated[int, Field(ge=1, le=20)] = 4
@@ -316,10 +320,27 @@ def parse_settings(document: Mapping[str, Any], *, item: str) -> SessionSettings
 
 def parse_limits(document: Mapping[str, Any], *, item: str) -> QualityLimits:
     """Return validated limits on quality (keys as in the section `quality`), or raise `ConfigurationError`."""
+    return _parse_section("quality", QualitySettings, document, item=item).limits
+
+
+def parse_engine_choice(document: Mapping[str, Any], *, item: str) -> EngineChoice:
+    """Return validated settings of the engine (keys as in the section `engine`), or raise `ConfigurationError`."""
+    return _parse_section("engine", EngineChoice, document, item=item)
+
+
+def parse_score_threshold(value: float, *, item: str) -> float:
+    """Return a validated τ, or raise `ConfigurationError`."""
+    return _parse_section("ranker", RankerSettings, {"score_threshold": value}, item=item).score_threshold
+
+
+_S = TypeVar("_S", bound=_Section)
+
+
+def _parse_section(name: str, section: type[_S], document: Mapping[str, Any], *, item: str) -> _S:
     try:
-        return QualitySettings.model_validate(document).limits
+        return section.model_validate(document)
     except ValidationError as error:
-        located = [dict(fault) | {"loc": ("quality", *fault["loc"])} for fault in error.errors()]
+        located = [dict(fault) | {"loc": (name, *fault["loc"])} for fault in error.errors()]
         raise ConfigurationError(item, "; ".join(_describe_fault(fault) for fault in located)) from error
 
 
@@ -342,6 +363,8 @@ def _describe_fault(fault: dict[str, Any]) -> str:
     found = fault.get("input")
     shown = f" (found: {found})" if isinstance(found, (int, float, str)) else ""
     note = _note_of(fault["loc"])
+    if note and fault["type"] == "string_pattern_mismatch":
+        return f"{key} is {note}{shown}"
     return f"{key}: {fault['msg']}{f', in {note}' if note else ''}{shown}"
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from stream.config import parse_limits
+from stream.config import parse_engine_choice, parse_limits, parse_score_threshold
 from stream.control.controller import Controller
+from stream.control.wishes import LimitsChange, OverruleChange
 from stream.records.errors import ConfigurationError, IcestreamError, InputError
-from stream.records.events import Event, ExposureOverruled, QualityLimitsChanged
-from stream.store.inbox import Inbox, Letter, LimitsRequest, Request
+from stream.records.events import Event, ExposureOverruled, QualityLimitsChanged, SessionDecided
+from stream.records.values import RunId
+from stream.records.wishes import Wish, WishKind
+from stream.store.inbox import Inbox, Letter, LimitsRequest, OverruleRequest, Request
 from stream.telemetry.logs import get_logger
 
 log = get_logger(__name__)
@@ -19,6 +22,16 @@ def event_for_request(request: Request, controller: Controller, at: float, *, re
     if isinstance(request, LimitsRequest):
         limits = parse_limits(request.limits, item="limits")
         return QualityLimitsChanged(at=at, limits=limits, reason=request.reason, request_id=request_id)
+    if isinstance(request, OverruleRequest):
+        return _overrule(request, controller, at, request_id)
+    wish = request.wish
+    if wish.kind is WishKind.UNDO:
+        return _undo(wish.decision_id or "", controller, at, request.reason, request_id)
+    _check_wish(wish, controller)
+    return SessionDecided(at=at, wish=wish, reason=request.reason, request_id=request_id)
+
+
+def _overrule(request: OverruleRequest, controller: Controller, at: float, request_id: str) -> Event:
     if request.is_accepted is False and not request.reason.strip():
         raise ConfigurationError(request.name, "an exposure is rejected for a reason that is said")
     records = controller.exposures.values()
@@ -30,6 +43,71 @@ def event_for_request(request: Request, controller: Controller, at: float, *, re
         exposure_id=found.exposure_id,
         is_accepted=request.is_accepted,
         reason=request.reason,
+        request_id=request_id,
+    )
+
+
+def _check_wish(wish: Wish, controller: Controller) -> None:
+    """Raise when a wish names a run that is not there, or a value outside of its range."""
+    match wish.kind:
+        case WishKind.PIN_RUN:
+            _require_run(wish.run_id, controller)
+            if wish.run_id is not None and controller.runs[wish.run_id].result is None:
+                state = controller.runs[wish.run_id].state.value
+                raise ConfigurationError(wish.run_id, "a run that is pinned has ended with a map", state)
+        case WishKind.REJECT_RUN:
+            _require_run(wish.run_id, controller)
+        case WishKind.SET_SYMMETRY | WishKind.SET_MASK_DIAMETER:
+            given = {"symmetry": wish.symmetry, "mask_diameter_angstrom": wish.mask_diameter_angstrom}
+            parse_engine_choice({k: v for k, v in given.items() if v is not None}, item="decide")
+        case WishKind.SET_SCORE_THRESHOLD if wish.score_threshold is not None:
+            parse_score_threshold(wish.score_threshold, item="decide")
+        case _:
+            pass
+
+
+def _require_run(run_id: RunId | None, controller: Controller) -> None:
+    if run_id not in controller.runs:
+        known = ", ".join(controller.runs) or "it has none yet"
+        raise ConfigurationError("decide", f"it names a run of this session ({known})", run_id)
+
+
+def _undo(decision_id: str, controller: Controller, at: float, reason: str, request_id: str) -> Event:
+    """Return the event that says what was before a decision."""
+    wishes = controller.wishes
+    decision = wishes.find(decision_id)
+    if decision is None:
+        known = f"d1 to d{len(wishes.history)}" if wishes.history else "it has none yet"
+        raise ConfigurationError("decide", f"an undo names a decision of this session ({known})", decision_id)
+    if (undo := wishes.find_undo_of(decision_id)) is not None:
+        rule = f"it was taken back by {undo.decision_id}; undo that to bring it back"
+        raise ConfigurationError(decision_id, rule)
+    content = decision.content
+    if isinstance(content, LimitsChange):
+        return QualityLimitsChanged(
+            at=at,
+            limits=content.take_back(controller.limits),
+            reason=reason,
+            request_id=request_id,
+            undoes=decision_id,
+        )
+    if isinstance(content, OverruleChange):
+        word = wishes.word_without(content)
+        return ExposureOverruled(
+            at=at,
+            exposure_id=content.exposure_id,
+            is_accepted=word.is_accepted,
+            reason=reason or word.reason,
+            request_id=request_id,
+            undoes=decision_id,
+        )
+    if content.kind is WishKind.FORCE_RUN:
+        rule = "a run that was asked for is not taken back; reject its map (--reject-run)"
+        raise ConfigurationError(decision_id, rule)
+    return SessionDecided(
+        at=at,
+        wish=Wish(kind=WishKind.UNDO, decision_id=decision_id),
+        reason=reason,
         request_id=request_id,
     )
 

@@ -15,13 +15,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from stream.commands.common import AsJson, print_json
-from stream.records.errors import ConfigurationError, InputError
+from stream.commands.delivery import deliver
+from stream.records.errors import ConfigurationError
 from stream.records.values import QualityLimits
-from stream.store.inbox import Inbox, LimitsRequest, OverruleRequest, Request
+from stream.store.inbox import LimitsRequest, OverruleRequest, Request
 from stream.store.layout import OutputLayout
-
-ANSWER_TIMEOUT_S = 10.0
-"""The service looks into its inbox once a second, between two turns of its loop."""
 
 _LIMITS = tuple(field.name for field in fields(QualityLimits))
 _Limit = Annotated[float | None, typer.Option(help="At most; Å.")]
@@ -114,7 +112,7 @@ def change_quality(
     requests += overrules
     for request in requests:
         controller.handle(event_for_request(request, controller, time.time()))
-    delivered = "dry run" if dry_run else _deliver(layout, requests) if requests else None
+    delivered = "dry run" if dry_run else deliver(layout, requests) if requests else None
     document = report_quality(controller)
     document["before"] = {key: before[key] for key in ("limits", "exposures", "particles", "rejected_by")}
     document["delivered"] = delivered
@@ -132,58 +130,6 @@ def _merge(
             raise ConfigurationError("--clear", f"a limit is one of {', '.join(_LIMITS)}, or all", key)
         limits = {k: None if name in (k, "all") else v for k, v in limits.items()}
     return limits | dict(given)
-
-
-def _deliver(layout: OutputLayout, requests: Sequence[Request]) -> str:
-    """Commit the requests and write the exports anew, or leave it to the service that holds the journal.
-
-    Return which of the two it was.
-    """
-    from stream.control.controller import Controller
-    from stream.exports import write_exports
-    from stream.records.events import Event
-    from stream.requests import event_for_request, take_inbox
-    from stream.status import read_controller_settings
-    from stream.store.journal import Journal, JournalInUseError
-
-    inbox = Inbox(layout.inbox)
-    try:
-        journal = Journal(layout.journal)
-    except JournalInUseError:
-        _post(inbox, requests)
-        return "service"
-    with journal:
-        controller = Controller(read_controller_settings(layout))
-        for event in journal.replay():
-            controller.handle(event)
-
-        def commit(event: Event) -> None:
-            journal.append([event])
-            controller.handle(event)
-
-        # What was asked for earlier and never taken comes first, so that the last word is the last event.
-        take_inbox(inbox, controller, time.time(), commit)
-        for request in requests:
-            commit(event_for_request(request, controller, time.time()))
-        if layout.exports.is_dir():
-            write_exports(layout, controller)
-    return "journal"
-
-
-def _post(inbox: Inbox, requests: Sequence[Request]) -> None:
-    """Leave requests for the service and wait for its answer to each."""
-    waiting = [inbox.post(request) for request in requests]
-    deadline = time.monotonic() + ANSWER_TIMEOUT_S
-    while waiting:
-        outcomes = {name: inbox.find_outcome(name) for name in waiting}
-        for name, outcome in outcomes.items():
-            if outcome:
-                raise InputError(name, f"the service refused it: {outcome}")
-        waiting = [name for name, outcome in outcomes.items() if outcome is None]
-        if waiting and time.monotonic() > deadline:
-            rule = f"the service takes requests within {ANSWER_TIMEOUT_S:g} s; they wait for it in the inbox"
-            raise InputError(waiting[0], rule)
-        time.sleep(0.1)
 
 
 def print_quality(document: Mapping[str, Any]) -> None:

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import msgspec
 
-from stream.records.errors import InputError
+from stream.records.errors import IcestreamError, InputError
+from stream.records.wishes import Wish
 from stream.store.files import replacing
 
 MAX_REQUEST_BYTES = 65_536
@@ -39,7 +40,14 @@ class OverruleRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     reason: str = ""
 
 
-Request = LimitsRequest | OverruleRequest
+class WishRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="wish"):
+    """Decide about runs, about the exposures of some time, or take an earlier decision back."""
+
+    wish: Wish
+    reason: str = ""
+
+
+Request = LimitsRequest | OverruleRequest | WishRequest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +125,7 @@ class Inbox:
             )
         try:
             request: Request = self._decoder.decode(content)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, IcestreamError) as error:
             raise InputError(path, f"a request is JSON of a kind that this version knows: {error}") from error
         return request
 

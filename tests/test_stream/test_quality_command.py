@@ -220,7 +220,7 @@ def test_a_running_service_takes_the_word_from_its_inbox(layout: OutputLayout, t
 def test_a_service_that_does_not_answer_is_said_and_the_request_waits(
     layout: OutputLayout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stream.commands.quality.ANSWER_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("stream.commands.delivery.ANSWER_TIMEOUT_S", 0.05)
     service = open_service(layout, tmp_path)
     with pytest.raises(InputError, match="they wait for it in the inbox"):
         change_quality(layout, {"max_picks": 5})
