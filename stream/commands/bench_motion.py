@@ -81,7 +81,7 @@ def run_motion_benchmark(
     folder: Path,
     *,
     side_px: int = 2048,
-    n_movies: int = 3,
+    n_movies: int = 8,
     n_frames: int = 24,
     n_patches: int = 5,
     motion_angstrom: float = 12.0,
