@@ -17,6 +17,7 @@ from typing import TypeVar
 from actors.engines.base import EngineSettings
 from actors.preprocess.gain import OrientedGain, orient_session_gain
 from actors.preprocess.settings import PreprocessSettings
+from models.cryoranker.providers import ProviderChoice
 from stream.records.commands import OrientGain, Preprocess, Rank, StartRun
 from stream.records.errors import IcestreamError, InputError
 from stream.records.values import FailureKind, InputKind, PreprocessResult, RankResult, RunResult
@@ -28,13 +29,15 @@ Outcome = TypeVar("Outcome")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankerOptions:
-    """Which model scores (None = the shipped one), and how many images it takes at once."""
+    """Which model scores (None = the shipped one), on what, and how many images it takes at once."""
 
     model: Path | None
     batch_size: int
     max_wait_s: float
     n_threads: int
     n_callers: int
+    provider: ProviderChoice = "auto"
+    outlier_sigmas: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,10 +109,17 @@ class RankHandler:
         self._layout = spec.layout
         self._cache = FeatureCache(spec.layout.features)
         self._ranker = BatchingRanker(
-            OnnxRanker(options.model or DEFAULT_MODEL, n_threads=options.n_threads),
+            OnnxRanker(
+                options.model or DEFAULT_MODEL,
+                provider=options.provider,
+                n_threads=options.n_threads,
+                batch_size=options.batch_size,
+                outlier_sigmas=options.outlier_sigmas,
+            ),
             self._cache,
             batch_size=options.batch_size,
             max_wait_s=options.max_wait_s,
+            mends_pixels=options.outlier_sigmas is not None,
         )
 
     def process(self, command: Rank) -> RankResult:

@@ -6,7 +6,8 @@ model when it is full, when nobody is reading who could fill it, or when its fir
 `max_wait_s`. At most two batches queue before the model and a caller holds at most four batches of images
 unscored, so memory does not grow with the stack.
 
-Images with NaN, infinities or one single value are excluded and counted. Scores are in the feature cache,
+Images with NaN, infinities or one single value are excluded and counted; where the scorer mends single pixels, only those
+without two different finite values. Scores are in the feature cache,
 durably, when `rank` returns; particles that the cache knows for this model are not read. When memory does not
 suffice the batch is halved, for good.
 """
@@ -118,10 +119,18 @@ class BatchingRanker:
         Images per call of the model.
     max_wait_s
         How long an image may wait for its batch to fill while others are still reading.
+    mends_pixels
+        Whether the scorer replaces NaN and infinite pixels (its outlier guard is on).
     """
 
     def __init__(
-        self, scorer: Scorer, cache: FeatureCache, *, batch_size: int = 64, max_wait_s: float = 0.5
+        self,
+        scorer: Scorer,
+        cache: FeatureCache,
+        *,
+        batch_size: int = 64,
+        max_wait_s: float = 0.5,
+        mends_pixels: bool = False,
     ) -> None:
         if batch_size < 1 or max_wait_s < 0:
             value = f"batch_size {batch_size}, max_wait_s {max_wait_s}"
@@ -132,6 +141,7 @@ class BatchingRanker:
         self._cache = cache
         self._batch_size = batch_size
         self._max_wait_s = max_wait_s
+        self._find_usable = find_mendable_images if mends_pixels else find_usable_images
         self._changed = threading.Condition()
         self._open: dict[int, _Batch] = {}
         self._n_reading = 0
@@ -226,7 +236,7 @@ class BatchingRanker:
                 if chunk is None:
                     break
                 rows, images = chunk
-                is_usable = find_usable_images(images)
+                is_usable = self._find_usable(images)
                 request.seconds["read"] += time.monotonic() - started
                 self._put(request, rows[is_usable], images[is_usable])
                 while request.n_held > _MAX_HELD_BATCHES * self._batch_size:
@@ -346,6 +356,16 @@ def find_usable_images(images: Images) -> NDArray[np.bool_]:
     flat = images.reshape(len(images), -1)
     low, high = flat.min(axis=1), flat.max(axis=1)
     is_usable: NDArray[np.bool_] = np.isfinite(low) & np.isfinite(high) & (high > low)
+    return is_usable
+
+
+def find_mendable_images(images: Images) -> NDArray[np.bool_]:
+    """Return which images [b, n, n] have two different finite values."""
+    flat = images.reshape(len(images), -1) if len(images) else images.reshape(0, 1)
+    is_finite = np.isfinite(flat)
+    low = flat.min(axis=1, where=is_finite, initial=np.inf)
+    high = flat.max(axis=1, where=is_finite, initial=-np.inf)
+    is_usable: NDArray[np.bool_] = high > low
     return is_usable
 
 

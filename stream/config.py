@@ -163,9 +163,14 @@ class QualitySettings(_Section):
 
 
 class RankerSettings(_Section):
-    """Which ONNX CryoRanker scores, and how; None is the shipped default model."""
+    """Which ONNX CryoRanker scores, and how; None is the shipped default model.
+
+    `outlier_sigmas` turns the guard against NaN, hot and dead pixels on; the released models were trained without.
+    """
 
     model: Path | None = None
+    provider: Literal["auto", "tensorrt", "cuda", "openvino", "cpu"] = "auto"
+    outlier_sigmas: Annotated[float, Field(gt=0)] | None = None
     batch_size: Annotated[int, Field(ge=1, le=8192)] = 64
     max_wait_s: Annotated[float, Field(ge=0, le=600)] = 2.0
     score_threshold: Annotated[float, Field(ge=0, le=1)] = 0.4

@@ -57,6 +57,8 @@ def build_worker_spec(settings: SessionSettings) -> WorkerSpec:
             model=model,
             batch_size=settings.ranker.batch_size,
             max_wait_s=settings.ranker.max_wait_s,
+            provider=settings.ranker.provider,
+            outlier_sigmas=settings.ranker.outlier_sigmas,
             n_threads=1,
             n_callers=16,
         ),

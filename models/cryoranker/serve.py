@@ -1,15 +1,13 @@
 """Scoring particles with an exported ranker: ONNX Runtime, NumPy, SciPy and Pillow, no torch.
 
-One `OnnxRanker` is used from one thread. The provider in use is what the session says after it was made: asking for
-CUDA where there is none falls back to the CPU, with a warning in the log. Spin-waiting is off, because it halves the throughput
-of several single-threaded workers on one machine.
+One `OnnxRanker` is used from one thread. What it runs on is chosen by `providers.py`; on a GPU, images are prepared there and
+kept in buffers of the device (`binding.py`), which needs torch. An int8 file is run one image at a time: its products take one
+scale for all they are shown, so in a larger batch an image's score would depend on its neighbours.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,8 +17,8 @@ from numpy.typing import NDArray
 
 from models.cryo_ief.config import ResizeMode
 from models.cryo_ief.preprocess import preprocess_particles
-
-log = logging.getLogger(__name__)
+from models.cryoranker.binding import DeviceBinding
+from models.cryoranker.providers import ON_GPU, ProviderChoice, open_session
 
 DEFAULT_MODEL = Path(__file__).with_name("default.onnx")
 """The ranker that ships with icestream; its model card is this folder's README."""
@@ -48,8 +46,8 @@ class OnnxRanker:
     ----------
     path
         A file written by `icestream export`, or `DEFAULT_MODEL`.
-    providers
-        ONNX Runtime execution providers in order of preference; None takes the CPU.
+    provider
+        What it shall run on; `auto` takes the best that works. What cannot be had is warned of and replaced by the CPU.
     n_threads
         Threads of one inference and of preprocessing. One thread per worker is the fastest layout.
     batch_size
@@ -57,19 +55,25 @@ class OnnxRanker:
     outlier_sigmas
         Replace NaN, hot and dead pixels by the image's median before scoring (`preprocess.replace_outliers`); None, the
         released models' way, leaves them. Scores with the guard have a `model_hash` of their own.
+    has_device_buffers
+        Whether to prepare and bind images on the session's device; None does so on a GPU.
     """
 
     def __init__(
         self,
         path: Path = DEFAULT_MODEL,
         *,
-        providers: Sequence[str] | None = None,
+        provider: ProviderChoice = "auto",
         n_threads: int = 1,
         batch_size: int = 64,
         outlier_sigmas: float | None = None,
+        has_device_buffers: bool | None = None,
     ) -> None:
         if batch_size < 1 or n_threads < 1:
             msg = f"batch_size, n_threads: {batch_size}, {n_threads}, must be 1 or more"
+            raise ValueError(msg)
+        if outlier_sigmas is not None and not outlier_sigmas > 0.0:
+            msg = f"outlier_sigmas: {outlier_sigmas}, must be above 0"
             raise ValueError(msg)
         content = _read(path)
         self.path = path
@@ -79,17 +83,21 @@ class OnnxRanker:
         self.outlier_sigmas = outlier_sigmas
         self.n_threads = n_threads
         self.batch_size = batch_size
-        self._session = _open_session(path, content, providers, n_threads)
-        self.info = _read_info(path, self._session)
-        self.providers: tuple[str, ...] = tuple(self._session.get_providers())
-        if providers and self.providers[0] != providers[0]:
-            log.warning("%s: %s asked for, %s in use", path, providers[0], self.providers[0])
-        self.feature_dim = int(self._session.get_outputs()[self._index_of("feature")].shape[1])
-
-    @property
-    def provider(self) -> str:
+        opened = open_session(path, content, choice=provider, n_threads=n_threads, max_batch=batch_size)
+        self._session = opened.session
+        self.provider = opened.provider
         """The execution provider in use, as the session reports it."""
-        return self.providers[0]
+        self.info = _read_info(path, self._session)
+        self.feature_dim = int(self._session.get_outputs()[self._index_of("feature")].shape[1])
+        is_on_gpu = self.provider in ON_GPU
+        self._binding: DeviceBinding | None = None
+        if is_on_gpu if has_device_buffers is None else has_device_buffers:
+            self._binding = DeviceBinding(
+                self._session,
+                "cuda" if is_on_gpu else "cpu",
+                input_size_px=self.info.input_size_px,
+                feature_dim=self.feature_dim,
+            )
 
     def score(self, images: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.float16]]:
         """Return scores `(b,)` in [0, 1] and unit features `(b, d)` of particle images `(b, n, n)`, protein white.
@@ -104,16 +112,7 @@ class OnnxRanker:
         features = np.empty((len(images), self.feature_dim), np.float16)
         for first in range(0, len(images), self.batch_size):
             part = slice(first, first + self.batch_size)
-            prepared = preprocess_particles(
-                images[part],
-                self.info.input_size_px,
-                self.info.mean,
-                self.info.std,
-                self.info.resize_mode,
-                n_threads=self.n_threads,
-                outlier_sigmas=self.outlier_sigmas,
-            )
-            scores[part], features[part] = self.score_prepared(prepared)
+            scores[part], features[part] = self._score_batch(images[part])
         is_finite = np.isfinite(images)
         is_usable = is_finite.all(axis=(1, 2)) if self.outlier_sigmas is None else is_finite.any(axis=(1, 2))
         is_bad = ~is_usable
@@ -124,9 +123,48 @@ class OnnxRanker:
     def score_prepared(
         self, particles: NDArray[np.float32]
     ) -> tuple[NDArray[np.float32], NDArray[np.float16]]:
-        """Return scores and features of preprocessed particles `(b, 1, s, s)`, in one inference."""
+        """Return scores and features of preprocessed particles `(b, 1, s, s)`, in one inference (int8: one each)."""
+        n_at_once = 1 if self.info.precision == "int8" else max(1, len(particles))
+        parts = [self._run(particles[i : i + n_at_once]) for i in range(0, max(1, len(particles)), n_at_once)]
+        scores, features = (np.concatenate(outputs) for outputs in zip(*parts, strict=True))
+        return np.asarray(scores, np.float32), np.asarray(features).astype(np.float16)
+
+    def _score_batch(self, images: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.float16]]:
+        info = self.info
+        if self._binding is not None and self.outlier_sigmas is None and info.precision != "int8":
+            from models.cryo_ief.preprocess_torch import is_covered
+
+            if is_covered(images.shape[1], info.input_size_px, info.resize_mode):
+                return self._score_on_device(self._binding, images)
+        prepared = preprocess_particles(
+            images,
+            info.input_size_px,
+            info.mean,
+            info.std,
+            info.resize_mode,
+            n_threads=self.n_threads,
+            outlier_sigmas=self.outlier_sigmas,
+        )
+        return self.score_prepared(prepared)
+
+    def _score_on_device(
+        self, binding: DeviceBinding, images: NDArray[Any]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float16]]:
+        import torch
+
+        from models.cryo_ief.preprocess_torch import preprocess_tensor
+
+        info = self.info
+        stack = torch.from_numpy(np.ascontiguousarray(images, np.float32)).to(binding.device)
+        prepared = preprocess_tensor(stack, info.input_size_px, info.mean, info.std, info.resize_mode)
+        scores, features = binding.run_tensor(prepared)
+        return scores, features.astype(np.float16)
+
+    def _run(self, particles: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        if self._binding is not None and len(particles):
+            return self._binding.run(particles)
         score, feature = self._session.run(["score", "feature"], {"particles": particles})
-        return np.asarray(score, np.float32).reshape(-1), np.asarray(feature, np.float32).astype(np.float16)
+        return np.asarray(score, np.float32).reshape(-1), np.asarray(feature, np.float32)
 
     def _index_of(self, output: str) -> int:
         return [item.name for item in self._session.get_outputs()].index(output)
@@ -137,26 +175,6 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         msg = f"{path}: cannot be read ({error.strerror}), a ranker is an ONNX file"
-        raise ValueError(msg) from error
-
-
-def _open_session(path: Path, content: bytes, providers: Sequence[str] | None, n_threads: int) -> Any:  # noqa: ANN401 - onnxruntime has no types
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = n_threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.add_session_config_entry("session.inter_op.allow_spinning", "0")
-    available = set(onnxruntime.get_available_providers())
-    wanted = [name for name in providers or () if name in available]
-    if "CPUExecutionProvider" not in wanted:
-        wanted.append("CPUExecutionProvider")
-    try:
-        return onnxruntime.InferenceSession(content, options, providers=wanted)
-    except Exception as error:  # ONNX Runtime's errors share no other base
-        msg = f"{path}: not a readable ONNX file ({str(error).splitlines()[0]})"
         raise ValueError(msg) from error
 
 

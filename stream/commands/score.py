@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from actors.ranker import ImageScores
+    from models.cryoranker.providers import ProviderChoice
     from models.cryoranker.serve import OnnxRanker
     from stream.ingest.particle_table import ParticleTable
     from stream.store.feature_cache import FeatureCache
@@ -47,6 +48,16 @@ def score(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per inference.")] = 64,
     threads: Annotated[int, typer.Option(min=1, help="Threads of one inference.")] = 1,
+    provider: Annotated[
+        str, typer.Option(help="What runs the model: auto, tensorrt, cuda, openvino or cpu.")
+    ] = "auto",
+    outlier_sigmas: Annotated[
+        float | None,
+        typer.Option(
+            help="Replace NaN, hot and dead pixels farther than this many sigmas from the median (10 and more make sense); "
+            "default: off, as the released models were trained.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Score particles."""
@@ -55,14 +66,22 @@ def score(
     if out.absolute() == particles.absolute():
         raise ConfigurationError("--out", "the result does not replace its input", out)
     document = score_particles(
-        particles, out, model=model, root=root, cache=cache, batch_size=batch_size, n_threads=threads
+        particles,
+        out,
+        model=model,
+        root=root,
+        cache=cache,
+        batch_size=batch_size,
+        n_threads=threads,
+        provider=provider,
+        outlier_sigmas=outlier_sigmas,
     )
     if as_json:
         print_json(document)
     else:
         typer.echo(
             f"{document['scored']} of {document['particles']} particles scored "
-            f"({document['particles_per_s']:.0f}/s, {document['cache_hits']} known before): {out}"
+            f"({document['particles_per_s']:.0f}/s on {document['provider']}, {document['cache_hits']} known before): {out}"
         )
 
 
@@ -75,13 +94,24 @@ def score_particles(
     cache: Path | None = None,
     batch_size: int = 64,
     n_threads: int = 1,
+    provider: str = "auto",
+    outlier_sigmas: float | None = None,
 ) -> dict[str, Any]:
-    """Score the particles of a file, write the result and return the command's JSON document."""
+    """Score the particles of a file, write the result and return the command's JSON document.
+
+    `scored` and `excluded` add up to `particles`. A stack that cannot be read is an `InputError` and nothing is written.
+    """
     from actors.ranker import BatchingRanker
     from stream.ingest.particle_sets import read_particle_table
     from stream.store.feature_cache import FeatureCache
 
-    scorer = load_scorer(model, n_threads=n_threads, batch_size=batch_size)
+    scorer = load_scorer(
+        model,
+        n_threads=n_threads,
+        batch_size=batch_size,
+        provider=provider,
+        outlier_sigmas=outlier_sigmas,
+    )
     table = read_particle_table(particles, root=root, require_ctf=False)
     uids = find_uids(table)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -89,13 +119,15 @@ def score_particles(
     started = time.monotonic()
     try:
         with console.status(f"scoring {len(table)} particles"), FeatureCache(kept) as features:
-            ranker = BatchingRanker(scorer, features, batch_size=batch_size)
+            ranker = BatchingRanker(
+                scorer, features, batch_size=batch_size, mends_pixels=outlier_sigmas is not None
+            )
             found = ranker.score_images(
                 uids, table.stack_paths, table.stack_indices, contrast_signs=table.contrast_sign
             )
             seconds = time.monotonic() - started
             ranker.close()
-            _write(out, particles, table, uids, found, features, scorer.model_hash)
+            _write(out, particles, table, uids, found, features, scorer)
     finally:
         if cache is None:
             shutil.rmtree(kept, ignore_errors=True)
@@ -108,18 +140,38 @@ def score_particles(
         "model": scorer.model_hash,
         "model_path": scorer.path,
         "provider": scorer.provider,
+        "outlier_sigmas": outlier_sigmas,
+        "batch_sizes": sorted(set(found.batch_sizes)),
         "particles_per_s": n_scored / seconds,
         "seconds": found.seconds,
         "out": out,
     }
 
 
-def load_scorer(model: Path | None, *, n_threads: int, batch_size: int) -> OnnxRanker:
+def load_scorer(
+    model: Path | None,
+    *,
+    n_threads: int,
+    batch_size: int,
+    provider: str = "auto",
+    outlier_sigmas: float | None = None,
+) -> OnnxRanker:
     """Load a ranker, the one that ships by default; what is wrong with it is a configuration error."""
+    from models.cryoranker.providers import PROVIDER_CHOICES
     from models.cryoranker.serve import DEFAULT_MODEL, OnnxRanker
 
+    if provider not in PROVIDER_CHOICES:
+        raise ConfigurationError("--provider", f"one of {', '.join(PROVIDER_CHOICES)}", provider)
+    if outlier_sigmas is not None and not outlier_sigmas > 0.0:
+        raise ConfigurationError("--outlier-sigmas", "above 0", outlier_sigmas)
     try:
-        return OnnxRanker(model or DEFAULT_MODEL, n_threads=n_threads, batch_size=batch_size)
+        return OnnxRanker(
+            model or DEFAULT_MODEL,
+            n_threads=n_threads,
+            batch_size=batch_size,
+            provider=cast("ProviderChoice", provider),
+            outlier_sigmas=outlier_sigmas,
+        )
     except ValueError as error:
         raise ConfigurationError(model or DEFAULT_MODEL, "the model is a ranker in ONNX", error) from error
 
@@ -147,7 +199,7 @@ def _write(
     uids: NDArray[np.uint64],
     found: ImageScores,
     features: FeatureCache,
-    model_hash: str,
+    scorer: OnnxRanker,
 ) -> None:
     import numpy as np
     import pandas as pd
@@ -164,9 +216,15 @@ def _write(
             rows = pd.DataFrame({"uid": uids, "score": found.scores, "image": names})
             stream.write(rows.to_csv(index=False, na_rep="nan", float_format="%.6f").encode())
         else:
-            _, values = features.features(model_hash, uids)
+            _, values = features.features(scorer.model_hash, uids)
             np.savez(
-                stream, uid=uids, score=found.scores, feature=values, image=np.array(names), model=model_hash
+                stream,
+                uid=uids,
+                score=found.scores,
+                feature=values,
+                image=np.array(names),
+                model=scorer.model_hash,
+                provider=scorer.provider,
             )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from actors.ranker import BatchingRanker, ImageScores, count_scores, read_images
+from actors.ranker import BatchingRanker, ImageScores, count_scores, find_mendable_images, read_images
 from stream.records.commands import Rank
 from stream.records.errors import ConfigurationError, InputError, ResourceError
 from stream.records.particles import derive_particle_uid
@@ -192,6 +192,19 @@ def test_images_without_a_signal_are_excluded_and_counted(layout: OutputLayout, 
     is_found, scores = cache.lookup("mean", uids_of(ExposureId("exposure1"), 9))
     assert np.flatnonzero(~is_found).tolist() == [1, 2, 4]
     np.testing.assert_array_equal(scores[[0, 3, 5, 6, 7, 8]], true_scores(1, 9)[[0, 3, 5, 6, 7, 8]])
+
+
+def test_a_scorer_that_mends_pixels_is_shown_every_image_with_two_finite_values(
+    layout: OutputLayout, cache: FeatureCache
+):
+    scorer = MeanScorer()
+    ranker = BatchingRanker(scorer, cache, batch_size=3, mends_pixels=True)
+    result = ranker.rank(make_exposure(layout, 1, 9, spoil=True), layout)
+    assert (result.n_scored, result.n_excluded, sum(scorer.batches)) == (8, 1, 8)
+    images = np.full((4, 2, 2), np.nan, np.float32)
+    images[1, 0], images[2, 0], images[3, 0, 0] = 3.0, [1, 2], 4.0
+    assert find_mendable_images(images).tolist() == [False, False, True, False]
+    assert find_mendable_images(images[:0]).tolist() == []
 
 
 def test_scores_that_are_no_numbers_are_counted_as_excluded(layout: OutputLayout, cache: FeatureCache):

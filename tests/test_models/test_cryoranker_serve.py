@@ -142,10 +142,16 @@ def test_metadata_says_how_to_prepare_the_input(exported):
     assert ranker.provider == "CPUExecutionProvider"
 
 
-def test_provider_that_is_not_there_falls_back_with_a_warning(exported, caplog):
-    ranker = OnnxRanker(exported[0], providers=["NoSuchExecutionProvider"])
-    assert ranker.providers == ("CPUExecutionProvider",)
-    assert "NoSuchExecutionProvider asked for" in caplog.text
+def test_int8_scores_do_not_depend_on_the_neighbours_in_the_batch(tmp_path):
+    path = tmp_path / "int8.onnx"
+    images = graded_images(24)
+    check = torch.from_numpy(preprocess_particles(images, 32, 0.5, 0.2))
+    options = {"layout": "x", "source_sha256": "0" * 64, "precision": "int8", "check_particles": check}
+    export_onnx(random_model(), path, min_int8_spearman=0.9, **options)
+    ranker = OnnxRanker(path, batch_size=24)
+    together = ranker.score(images)[0]
+    alone = np.concatenate([ranker.score(images[i : i + 1])[0] for i in range(24)])
+    np.testing.assert_array_equal(together, alone)
 
 
 def test_another_files_bytes_give_another_model_hash(exported, tmp_path):

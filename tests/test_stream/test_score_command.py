@@ -213,6 +213,47 @@ def test_a_file_that_is_no_ranker_and_a_wrong_suffix_are_configuration_errors(tm
         score(tmp_path / "a.mrcs", tmp_path / "s.pdf")
 
 
+def test_the_guard_scores_images_with_wild_pixels_and_is_off_by_default(tmp_path: Path, model: Path):
+    images = make_images(7, 5)
+    spoiled = images.copy()
+    spoiled[1, 5, 5], spoiled[2, 6, 6], spoiled[3] = np.nan, 1e6, np.nan
+    with mrcfile.new(tmp_path / "spoiled.mrcs") as stack:
+        stack.set_data(images)
+        stack.set_image_stack()
+    np.memmap(tmp_path / "spoiled.mrcs", np.float32, "r+", 1024, images.shape)[:] = spoiled
+    bare = score_particles(tmp_path / "spoiled.mrcs", tmp_path / "bare.npz", model=model)
+    guarded = score_particles(
+        tmp_path / "spoiled.mrcs", tmp_path / "guarded.npz", model=model, outlier_sigmas=1000.0
+    )
+    assert (bare["scored"], bare["excluded"], bare["outlier_sigmas"]) == (3, 2, None)
+    assert (guarded["scored"], guarded["excluded"], guarded["outlier_sigmas"]) == (4, 1, 1000.0)
+    assert bare["model"] != guarded["model"]
+    with np.load(tmp_path / "bare.npz") as off, np.load(tmp_path / "guarded.npz") as on:
+        np.testing.assert_allclose(on["score"][[0, 4]], off["score"][[0, 4]], atol=1e-6)
+        assert np.isnan(off["score"]).tolist() == [False, True, False, True, False]
+        assert np.isnan(on["score"]).tolist() == [False, False, False, True, False]
+        assert off["score"][2] < 0.01  # one pixel of a million leaves the others no grey levels
+
+
+def test_the_provider_in_use_is_in_the_document_and_beside_the_scores(tmp_path: Path, model: Path, caplog):
+    write_stack(tmp_path / "a.mrcs", make_images(6, 3))
+    document = score_particles(tmp_path / "a.mrcs", tmp_path / "s.npz", model=model, provider="cuda")
+    expected = "CUDAExecutionProvider" if document["provider"].startswith("CUDA") else "CPUExecutionProvider"
+    assert document["provider"] == expected
+    with np.load(tmp_path / "s.npz") as saved:
+        assert str(saved["provider"]) == expected
+    n_warnings = sum(r.message == "ranker_provider_not_used" for r in caplog.records)
+    assert n_warnings == (expected == "CPUExecutionProvider")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("provider", "tpu"), ("outlier_sigmas", 0.0), ("outlier_sigmas", -3.0)]
+)
+def test_settings_of_the_scorer_that_make_no_sense_are_named(tmp_path: Path, model: Path, option, value):
+    with pytest.raises(ConfigurationError, match=option.replace("_", "-")):
+        score_particles(tmp_path / "a.mrcs", tmp_path / "s.npz", model=model, **{option: value})
+
+
 def test_the_benchmark_compares_the_whole_path_with_inference_alone(tmp_path: Path, model: Path):
     record = run_score_benchmark(tmp_path, n_particles=64, box_size_px=24, model=model, n_per_exposure=20)
     assert record["n_particles"] == 64
