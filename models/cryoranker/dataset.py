@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -22,10 +22,10 @@ from torch import Tensor
 
 from models.cryo_ief.config import ResizeMode
 from models.cryo_ief.preprocess import to_grey_levels
-from models.cryoranker.simulate import simulate_boxes
+from models.cryoranker.simulate import LabelledBoxes, simulate_boxes
 from models.cryoranker.specimen import render_pool, stretched, structure_named
 
-_SIMULATION_VERSION = 1
+SIMULATION_VERSION = 2
 """Part of the cache's key: raise it when `simulate.py` or `specimen.py` change what they draw."""
 
 _SYMMETRIES = ("C1", "C1", "C1", "C2", "C3", "C4", "C5", "C6", "D2", "D2", "D3", "D4", "D7", "T", "O")
@@ -103,7 +103,7 @@ def simulate_set_cached(
     on_progress: Callable[[int, int], None] | None = None,
 ) -> LabelledParticles:
     """Return the set from `folder` if it is there, else simulate and keep it."""
-    key = json.dumps([_SIMULATION_VERSION, asdict(spec)], sort_keys=True)
+    key = json.dumps([SIMULATION_VERSION, asdict(spec)], sort_keys=True)
     path = folder / f"ranker-set-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
     if path.exists():
         with np.load(path, allow_pickle=False) as stored:
@@ -123,6 +123,20 @@ def simulate_set_cached(
     )
     temporary.replace(path)
     return result
+
+
+def simulate_input_sizes(
+    spec: SimulatedSet, sizes_px: tuple[int, ...], *, on_progress: Callable[[int, int], None] | None = None
+) -> dict[int, LabelledParticles]:
+    """Simulate a set once and prepare the same boxes for several input sizes."""
+    parts: dict[int, list[LabelledParticles]] = {size: [] for size in sizes_px}
+    for index in range(len(spec.structures)):
+        for boxes in _fields(spec, index):
+            for size, part in parts.items():
+                part.append(_prepared(boxes, replace(spec, input_size_px=size), index))
+        if on_progress is not None:
+            on_progress(index + 1, len(spec.structures))
+    return {size: concatenate(part) for size, part in parts.items()}
 
 
 def concatenate(parts: list[LabelledParticles]) -> LabelledParticles:
@@ -190,6 +204,10 @@ def _simulate_structure(task: tuple[SimulatedSet, int]) -> LabelledParticles:
     """Simulate the part of a set that belongs to one structure; runs in a worker process."""
     torch.set_num_threads(1)
     spec, index = task
+    return concatenate([_prepared(boxes, spec, index) for boxes in _fields(spec, index)])
+
+
+def _fields(spec: SimulatedSet, index: int) -> Iterator[LabelledBoxes]:
     rng = np.random.default_rng((spec.seed, index))
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
     structure = structure_named(spec.structures[index])
@@ -198,19 +216,17 @@ def _simulate_structure(task: tuple[SimulatedSet, int]) -> LabelledParticles:
         render_pool(shape, n_views=spec.n_views, n_fragments=spec.n_fragments, generator=generator)
         for shape in shapes
     ]
-    parts = []
-    for boxes in simulate_boxes(
+    return simulate_boxes(
         pools, rng, n_fields=spec.fields_per_structure, snr=spec.snr, box_size_px=spec.box_size_px
-    ):
-        grey = to_grey_levels(boxes.images.numpy(), spec.input_size_px, spec.resize_mode, is_exact=False)
-        n = len(boxes.labels)
-        parts.append(
-            LabelledParticles(
-                grey=grey,
-                labels=boxes.labels,
-                kinds=boxes.kinds,
-                snr=np.full(n, boxes.conditions.snr, np.float32),
-                structure=np.full(n, index, np.int16),
-            )
-        )
-    return concatenate(parts)
+    )
+
+
+def _prepared(boxes: LabelledBoxes, spec: SimulatedSet, index: int) -> LabelledParticles:
+    n = len(boxes.labels)
+    return LabelledParticles(
+        grey=to_grey_levels(boxes.images.numpy(), spec.input_size_px, spec.resize_mode, is_exact=False),
+        labels=boxes.labels,
+        kinds=boxes.kinds,
+        snr=np.full(n, boxes.conditions.snr, np.float32),
+        structure=np.full(n, index, np.int16),
+    )

@@ -1,9 +1,13 @@
-"""Held-out figures of a ranker for its model card, beside a simple baseline.
+"""Held-out figures of a ranker for its model card, beside what others make of the same boxes.
 
-`python -m models.cryoranker.judge MODEL.onnx --models FOLDER [--particles STAR...]` simulates structures that no training
+`python -m models.cryoranker.judge MODEL.onnx --models FOLDER [--particles STACKS]` simulates structures that no training
 set contains (atomic models, and phantoms of other seeds) at a fixed SNR, scores the boxes, and prints one JSON
-document. The baseline is a logistic regression on the radial power spectrum and grey-level moments, trained on the
-training phantoms' own simulation: what statistics without shape achieve.
+document. Beside the ranker stand
+- a logistic regression on the radial power spectrum and grey-level moments, trained on the training phantoms' own
+  simulation: what statistics without shape achieve;
+- the calibrated score of the blob picker (`models.picking.blob`) at the same place of the same field;
+- the log odds of somebody who knows structure, views, optics and noise (`templates.py`), on the kinds that these odds
+  know: what the box's signal allows.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -19,15 +24,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.cryo_ief.preprocess import normalise_grey_levels
+from models.cryo_ief.preprocess import to_grey_levels
 from models.cryoranker.dataset import LabelledParticles, SimulatedSet, phantom_names, simulate_set_cached
+from models.cryoranker.held_out import HeldOutBoxes, HeldOutSpec, held_out_sets
 from models.cryoranker.metrics import ScoreQuality, score_quality
 from models.cryoranker.serve import DEFAULT_MODEL, OnnxRanker
 from models.cryoranker.simulate import Kind
+from models.cryoranker.templates import MODELLED_KINDS
 
 HELD_OUT_SEEDS = range(500_000, 500_006)
 """Phantoms for judging; training configurations start at 1000 and never come here."""
 _BASELINE_SEEDS = range(1000, 1016)
+_STRUCTURE_SUFFIXES = (".pdb", ".cif", ".pdb.gz", ".cif.gz")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LimitedComparison:
+    """The ranker and the template-aware odds on the kinds of box that the odds know."""
+
+    kinds: tuple[str, ...]
+    ranker: ScoreQuality
+    templates: ScoreQuality
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,63 +55,69 @@ class Judgement:
     box_size_px: int
     ranker: ScoreQuality
     baseline: ScoreQuality
+    picker: ScoreQuality
+    limit: LimitedComparison
     auc_by_structure: dict[str, float]
     accepted_by_kind: dict[str, float]
 
 
-def held_out_set(
-    ranker: OnnxRanker, models: list[Path], snr: float, box_size_px: int, cache: Path, *, n_processes: int = 1
-) -> tuple[SimulatedSet, LabelledParticles]:
-    """Return the set that a ranker is judged on: atomic models and phantoms never trained on."""
-    spec = SimulatedSet(
-        structures=(*(str(path) for path in models), *phantom_names(HELD_OUT_SEEDS)),
-        seed=77,
-        fields_per_structure=8,
-        input_size_px=ranker.info.input_size_px,
-        resize_mode=ranker.info.resize_mode,
-        snr=snr,
-        box_size_px=box_size_px,
+def held_out_specs(models: Path, snrs: Sequence[float], boxes_px: Sequence[int]) -> tuple[HeldOutSpec, ...]:
+    """Return the sets that a ranker is judged on: a folder's atomic models and phantoms never trained on."""
+    files = sorted(str(path) for path in models.iterdir() if path.name.lower().endswith(_STRUCTURE_SUFFIXES))
+    structures = (*files, *phantom_names(HELD_OUT_SEEDS))
+    return tuple(
+        HeldOutSpec(structures=structures, snr=snr, box_size_px=box) for snr, box in product(snrs, boxes_px)
     )
-    return spec, simulate_set_cached(spec, cache, n_processes=n_processes)
 
 
 def judge(
-    ranker: OnnxRanker, models: list[Path], snr: float, box_size_px: int, cache: Path, *, n_processes: int = 1
+    ranker: OnnxRanker, spec: HeldOutSpec, held_out: HeldOutBoxes, baseline_data: LabelledParticles
 ) -> Judgement:
-    """Return a ranker's and the baseline's figures at one SNR and box size."""
-    spec, particles = held_out_set(ranker, models, snr, box_size_px, cache, n_processes=n_processes)
-    prepared = normalise_grey_levels(particles.grey, ranker.info.mean, ranker.info.std)
-    scores = np.concatenate(
-        [ranker.score_prepared(prepared[i : i + 64])[0] for i in range(0, len(prepared), 64)]
+    """Return the figures of a ranker and of what it is compared with on one set."""
+    images = held_out.images.astype(np.float32)
+    scores, labels = ranker.score(images)[0], held_out.labels
+    grey = to_grey_levels(images, ranker.info.input_size_px, ranker.info.resize_mode, is_exact=False)
+    is_modelled = np.isin(held_out.kinds, MODELLED_KINDS)
+    return Judgement(
+        snr=spec.snr,
+        box_size_px=spec.box_size_px,
+        ranker=score_quality(scores, labels),
+        baseline=score_quality(baseline_scores(baseline_data, grey), labels),
+        picker=score_quality(held_out.picker_scores, labels),
+        limit=LimitedComparison(
+            kinds=tuple(kind.name.lower() for kind in MODELLED_KINDS),
+            ranker=score_quality(scores[is_modelled], labels[is_modelled]),
+            templates=score_quality(
+                held_out.template_scores[is_modelled], labels[is_modelled], threshold=0.0
+            ),
+        ),
+        auc_by_structure={
+            Path(name).name: score_quality(scores[is_it], labels[is_it]).auc
+            for index, name in enumerate(spec.structures)
+            for is_it in [held_out.structure == index]
+        },
+        accepted_by_kind={
+            kind.name.lower(): float((scores[is_it] > 0.4).mean())
+            for kind in Kind
+            for is_it in [_is_clear(held_out, kind)]
+            if is_it.any()
+        },
     )
-    baseline_spec = SimulatedSet(
+
+
+def baseline_set(ranker: OnnxRanker, cache: Path, *, n_processes: int = 1) -> LabelledParticles:
+    """Return the labelled boxes that the logistic regression is fitted on, at the ranker's input size."""
+    spec = SimulatedSet(
         structures=phantom_names(_BASELINE_SEEDS),
         seed=78,
         fields_per_structure=14,
         input_size_px=ranker.info.input_size_px,
         resize_mode=ranker.info.resize_mode,
     )
-    training = simulate_set_cached(baseline_spec, cache, n_processes=n_processes)
-    return Judgement(
-        snr=snr,
-        box_size_px=box_size_px,
-        ranker=score_quality(scores, particles.labels),
-        baseline=score_quality(baseline_scores(training, particles.grey), particles.labels),
-        auc_by_structure={
-            Path(name).name: score_quality(scores[is_it], particles.labels[is_it]).auc
-            for index, name in enumerate(spec.structures)
-            for is_it in [particles.structure == index]
-        },
-        accepted_by_kind={
-            kind.name.lower(): float((scores[is_it] > 0.4).mean())
-            for kind in Kind
-            for is_it in [_is_clear(particles, kind)]
-            if is_it.any()
-        },
-    )
+    return simulate_set_cached(spec, cache, n_processes=n_processes)
 
 
-def _is_clear(particles: LabelledParticles, kind: Kind) -> NDArray[np.bool_]:
+def _is_clear(particles: HeldOutBoxes, kind: Kind) -> NDArray[np.bool_]:
     is_good = kind is Kind.PARTICLE
     clear = particles.labels > 0.7 if is_good else particles.labels <= 0.3
     return np.asarray((particles.kinds == kind) & clear)
@@ -169,12 +192,14 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("~/.cache/icestream/ranker"))
     parser.add_argument("--processes", type=int, default=1)
     given = parser.parse_args()
-    ranker = OnnxRanker(given.model)
-    models = sorted(p for p in given.models.iterdir() if p.name.split(".")[1] in ("pdb", "cif"))
-    document: dict[str, Any] = {"model": str(given.model), "model_hash": ranker.model_hash, "judgements": []}
-    for snr, box in product(given.snr, given.box):
-        found = judge(ranker, models, snr, box, given.cache.expanduser(), n_processes=given.processes)
-        document["judgements"].append(asdict(found))
+    ranker, cache = OnnxRanker(given.model), given.cache.expanduser()
+    specs = held_out_specs(given.models, given.snr, given.box)
+    baseline_data = baseline_set(ranker, cache, n_processes=given.processes)
+    document: dict[str, Any] = {"model": str(given.model), "model_hash": ranker.model_hash}
+    document["judgements"] = [
+        asdict(judge(ranker, spec, boxes, baseline_data))
+        for spec, boxes in zip(specs, held_out_sets(specs, cache), strict=True)
+    ]
     if given.particles is not None:
         document["real"] = summary(score_star_stacks(ranker, given.particles))
     sys.stdout.write(json.dumps(document, indent=1) + "\n")

@@ -66,6 +66,8 @@ class FieldConditions:
     """Part of the noise variance that comes from the specimen's ice and so is modulated by the CTF."""
     background_sigma: float
     """Standard deviation of the slowly varying background over that of the noise."""
+    noise_slope: float
+    """The shot noise's amplitude at Nyquist over that at zero frequency, less 1; linear between (detector, dose weights)."""
     spacing: float
     """Least distance of two particle centres over the diameter."""
     has_carbon: bool
@@ -84,17 +86,28 @@ class LabelledBoxes:
     labels: NDArray[np.float32]
     kinds: NDArray[np.int8]
     conditions: FieldConditions
+    pixel_size_angstrom: float
+    field: Float[Tensor, "h w"]
+    """The field that the boxes were cut from, protein white."""
+    corners_yx_px: NDArray[np.int64]
+    """First row and column of each box in the field, `(b, 2)`."""
+    signal_scale: float
+    """What the pool's views were multiplied by."""
 
 
 def draw_conditions(
     rng: np.random.Generator, *, snr: float | None = None, box_size_px: int | None = None
 ) -> FieldConditions:
-    """Draw a field's conditions: defocus 0.5-3 µm, SNR 0.01-0.25 (log-uniform), box over diameter 1.2-2.1."""
+    """Draw a field's conditions: defocus 0.5-3 µm, SNR 0.015-0.4 (log-uniform), box over diameter 1.2-2.1.
+
+    One field in sixteen is far clearer (SNR up to 5): strong scatterers at low magnification, class averages.
+    """
+    range_of_snr = (0.4, 5.0) if rng.random() < 1 / 16 else (0.015, 0.4)
     voltage_kv, cs_mm = [(300.0, 2.7), (200.0, 2.7), (200.0, 1.4)][rng.integers(3)]
     return FieldConditions(
         box_size_px=int(rng.choice(_BOXES_PX)) if box_size_px is None else box_size_px,
         box_to_diameter=float(rng.uniform(1.2, 2.1)),
-        snr=float(np.exp(rng.uniform(np.log(0.01), np.log(0.25)))) if snr is None else snr,
+        snr=float(np.exp(rng.uniform(*np.log(range_of_snr)))) if snr is None else snr,
         defocus_angstrom=float(rng.uniform(5_000, 30_000)),
         astigmatism_angstrom=float(rng.uniform(0, 800)),
         astigmatism_angle_deg=float(rng.uniform(0, 180)),
@@ -104,6 +117,7 @@ def draw_conditions(
         b_factor_angstrom2=float(rng.uniform(30, 300)),
         structural_fraction=float(rng.uniform(0.0, 0.35)),
         background_sigma=float(rng.choice((0.0, 0.1, 0.3, 0.6)) * rng.uniform(0.3, 1.0)),
+        noise_slope=float(rng.uniform(-0.5, 0.3)),
         spacing=float(rng.uniform(0.9, 2.2)),
         has_carbon=bool(rng.random() < 0.15),
     )
@@ -146,7 +160,7 @@ class _Field:
         self.size = good_size(int(4.2 * self.diameter + conditions.box_size_px))
         self.pixel_size_angstrom = pool.diameter_angstrom / self.diameter
         # Views are resampled by whole even sizes, so the diameter is met to about a fiftieth.
-        self.view_px = 2 * max(8, round(0.5 * GRID_PX * self.diameter / DIAMETER_PX))
+        self.view_px = view_size_px(self.diameter)
         self.object = torch.zeros((self.size, self.size))
         self.absorption = torch.zeros((self.size, self.size))
         self.texture = torch.ones((self.size, self.size))
@@ -159,12 +173,18 @@ class _Field:
         self._place_junk()
         image = self._image()
         picks = self._picks(image)
-        stack = torch.stack([self._cut(image, pick) for pick in picks])
+        n = self.conditions.box_size_px
+        corners = np.array([self._corner(pick) for pick in picks], np.int64).reshape(-1, 2)
+        stack = torch.stack([image[y : y + n, x : x + n] for y, x in corners.tolist()])
         return LabelledBoxes(
             images=self._with_outliers(remove_plane(stack)),
             labels=np.array([pick.label for pick in picks], np.float32),
             kinds=np.array([pick.kind for pick in picks], np.int8),
             conditions=self.conditions,
+            pixel_size_angstrom=self.pixel_size_angstrom,
+            field=image,
+            corners_yx_px=corners,
+            signal_scale=self.scale,
         )
 
     def _view(self, views: Tensor) -> Tensor:
@@ -260,22 +280,7 @@ class _Field:
         self.film = is_film > 0.5
 
     def _through_ctf(self, stack: Tensor) -> Tensor:
-        c = self.conditions
-        n = stack.shape[-1]
-        ky, kx = frequency_grid((n, n), self.pixel_size_angstrom)
-        ctf = evaluate_ctf(
-            ky,
-            kx,
-            defocus_u_angstrom=c.defocus_angstrom + c.astigmatism_angstrom / 2,
-            defocus_v_angstrom=c.defocus_angstrom - c.astigmatism_angstrom / 2,
-            astigmatism_angle_deg=c.astigmatism_angle_deg,
-            voltage_kv=c.voltage_kv,
-            cs_mm=c.cs_mm,
-            amplitude_contrast=c.amplitude_contrast,
-        )
-        envelope = torch.exp(-0.25 * c.b_factor_angstrom2 * (ky.square() + kx.square()))
-        seen: Tensor = torch.fft.irfft2(torch.fft.rfft2(stack) * (ctf * envelope), s=(n, n))
-        return seen
+        return through_ctf(stack, self.conditions, self.pixel_size_angstrom)
 
     def _noise(self) -> Tensor:
         return torch.randn((self.size, self.size), generator=self.torch_generator)
@@ -287,7 +292,9 @@ class _Field:
         # A film has more structure than ice: its texture multiplies the ice's, and never vanishes under it.
         extra = (self.texture - 1.0) * 0.3 * self.noise_sigma
         ice = ice * self.texture + self._through_ctf(self._noise() * extra)
-        shot = self._noise() * (self.noise_sigma * math.sqrt(1.0 - c.structural_fraction))
+        shot = coloured(self._noise(), c.noise_slope) * (
+            self.noise_sigma * math.sqrt(1.0 - c.structural_fraction)
+        )
         coarse = max(2, self.size // max(8, int(c.box_size_px * self.rng.uniform(0.4, 1.5))))
         drift = torch.randn((1, 1, coarse + 2, coarse + 2), generator=self.torch_generator)
         drift = torch.nn.functional.interpolate(drift, (self.size, self.size), mode="bicubic")[0, 0]
@@ -359,7 +366,7 @@ class _Field:
     def _picks_on_noise(self, image: Tensor, *, n_picks: int) -> Iterator[_Pick]:
         """Yield places without a particle; half of them where a blob picker's response to the noise is large."""
         step = max(2, int(self.diameter / 2))
-        blurred = torch.nn.functional.avg_pool2d(image[None, None], step, stride=1)[0, 0]
+        blurred = box_means(image, step)
         for i in range(n_picks):
             tries = self.rng.uniform(0, self.size, (24, 2))
             free = [(y, x) for y, x in tries if self._is_inside(y, x) and self._clearance(y, x) > 0.6]
@@ -376,11 +383,10 @@ class _Field:
         limit = blurred.shape[0] - 1
         return blurred[min(limit, max(0, int(yx[0]) - step // 2)), min(limit, max(0, int(yx[1]) - step // 2))]
 
-    def _cut(self, image: Tensor, pick: _Pick) -> Tensor:
+    def _corner(self, pick: _Pick) -> tuple[int, int]:
         n = self.conditions.box_size_px
         top, left = round(pick.y) - n // 2, round(pick.x) - n // 2
-        top, left = min(max(top, 0), self.size - n), min(max(left, 0), self.size - n)
-        return image[top : top + n, left : left + n]
+        return min(max(top, 0), self.size - n), min(max(left, 0), self.size - n)
 
     def _with_outliers(self, stack: Tensor) -> Tensor:
         """Give one box in thirty a hot or dead pixel: the stretch to grey levels feels it."""
@@ -390,6 +396,63 @@ class _Field:
                 y, x = self.rng.integers(0, box.shape[0], 2)
                 box[y, x] = float(box.std() * self.rng.uniform(6, 14) * self.rng.choice((-1.0, 1.0)))
         return out
+
+
+def view_size_px(diameter_px: float) -> int:
+    """Return the size to which a pool's views are resampled for particles of this diameter."""
+    return 2 * max(8, round(0.5 * GRID_PX * diameter_px / DIAMETER_PX))
+
+
+def through_ctf(
+    stack: Float[Tensor, "*b n n"], conditions: FieldConditions, pixel_size_angstrom: float
+) -> Float[Tensor, "*b n n"]:
+    """Return images as the microscope shows them: CTF and B-factor envelope."""
+    n = stack.shape[-1]
+    seen: Tensor = torch.fft.irfft2(
+        torch.fft.rfft2(stack) * transfer(conditions, n, pixel_size_angstrom), s=(n, n)
+    )
+    return seen
+
+
+def transfer(conditions: FieldConditions, n: int, pixel_size_angstrom: float) -> Float[Tensor, "n m"]:
+    """Return CTF times envelope on the half spectrum of an `n` px image."""
+    c = conditions
+    ky, kx = frequency_grid((n, n), pixel_size_angstrom)
+    ctf = evaluate_ctf(
+        ky,
+        kx,
+        defocus_u_angstrom=c.defocus_angstrom + c.astigmatism_angstrom / 2,
+        defocus_v_angstrom=c.defocus_angstrom - c.astigmatism_angstrom / 2,
+        astigmatism_angle_deg=c.astigmatism_angle_deg,
+        voltage_kv=c.voltage_kv,
+        cs_mm=c.cs_mm,
+        amplitude_contrast=c.amplitude_contrast,
+    )
+    envelope: Tensor = ctf * torch.exp(-0.25 * c.b_factor_angstrom2 * (ky.square() + kx.square()))
+    return envelope
+
+
+def shot_amplitude(n: int, slope: float) -> Float[Tensor, "n m"]:
+    """Return the shot noise's amplitude over frequency (half spectrum), of mean square 1 over the whole plane."""
+    ky, kx = frequency_grid((n, n), 1.0)
+    amplitude = 1.0 + slope * (2.0 * torch.hypot(ky, kx)).clamp(max=1.0)
+    doubled = torch.ones(n // 2 + 1)
+    doubled[1 : (n + 1) // 2] = 2.0
+    return amplitude / ((amplitude.square() * doubled).sum() / (n * n)).sqrt()
+
+
+def coloured(noise: Float[Tensor, "n n"], slope: float) -> Float[Tensor, "n n"]:
+    """Return white noise with the amplitudes of `shot_amplitude`; its variance stays."""
+    n = noise.shape[-1]
+    out: Tensor = torch.fft.irfft2(torch.fft.rfft2(noise) * shot_amplitude(n, slope), s=(n, n))
+    return out
+
+
+def box_means(image: Float[Tensor, "n n"], side_px: int) -> Float[Tensor, "m m"]:
+    """Return the means over all squares of a side that fit into the image."""
+    sums = torch.nn.functional.pad(image.double().cumsum(0).cumsum(1), (1, 0, 1, 0))
+    s = side_px
+    return ((sums[s:, s:] - sums[s:, :-s] - sums[:-s, s:] + sums[:-s, :-s]) / (s * s)).float()
 
 
 def remove_plane(stack: Float[Tensor, "b n n"]) -> Float[Tensor, "b n n"]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from stream.commands import evaluate_features
+from stream.commands import evaluate_features, evaluate_ranking
 from stream.commands.common import AsJson, console, print_json
 from stream.records.errors import ConfigurationError, InputError
 
@@ -24,6 +24,7 @@ evaluate_app = typer.Typer(help="Judge scores and features against labels.", no_
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
     evaluate_features.register(evaluate_app)
+    evaluate_ranking.register(evaluate_app)
     app.add_typer(evaluate_app, name="evaluate")
 
 
