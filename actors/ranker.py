@@ -53,6 +53,10 @@ class Scorer(Protocol):
     def model_hash(self) -> str:
         """Identity of the model's file: the key of the feature cache."""
 
+    @property
+    def provider(self) -> str:
+        """What runs the model, as its session says."""
+
     def score(self, images: Images) -> tuple[NDArray[Any], NDArray[Any]]:
         """Return (scores [b], features [b, d]) of extracted particles [b, n, n]."""
 
@@ -182,6 +186,7 @@ class BatchingRanker:
             score_histogram=count_scores(found.scores[is_scored]),
             seconds=found.seconds,
             batch_sizes=found.batch_sizes,
+            provider=self._scorer.provider,
         )
 
     def score_images(

@@ -195,7 +195,8 @@ class RankResult:
     """What the ranker made of one exposure's particles.
 
     `score_histogram` has 100 equal bins over [0, 1]; `n_scored + n_excluded` is the number given.
-    `batch_sizes` are those of the batches that began with this exposure's images.
+    `batch_sizes` are those of the batches that began with this exposure's images. `provider` is what ran the model
+    (None in journals from before it was kept).
     """
 
     exposure_id: ExposureId
@@ -206,6 +207,7 @@ class RankResult:
     score_histogram: tuple[int, ...]
     seconds: dict[str, float]
     batch_sizes: tuple[int, ...] = ()
+    provider: str | None = None
 
 
 class CampaignTrigger(Enum):

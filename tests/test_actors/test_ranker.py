@@ -29,6 +29,7 @@ class MeanScorer:
     """Scores an image by its first pixel and keeps the sizes of its batches."""
 
     model_hash = "mean"
+    provider = "NumPy"
 
     def __init__(self) -> None:
         self.batches: list[int] = []
@@ -118,6 +119,7 @@ def test_every_image_gets_its_own_score_and_feature_under_its_uid(layout: Output
     )
     assert (result.n_scored, result.n_excluded, result.n_cache_hits) == (21, 0, 0)
     assert sum(result.score_histogram) == 21
+    assert result.provider == "NumPy"
     assert result.seconds["total"] > 0
 
 
