@@ -29,6 +29,7 @@ from models.reconstruction.local_resolution import LocalResolution
 from models.reconstruction.orientation import OrientationDiagnostics, orientation_diagnostics
 from models.reconstruction.orientation_page import write_orientation_page
 from models.reconstruction.refinement import RefinementResult
+from models.reconstruction.tilt import forecast_views
 from models.reconstruction.volume_io import write_volume
 from stream.sinks.relion_star import write_particles_star
 from stream.store.files import replacing
@@ -237,7 +238,7 @@ def measure_orientation(
     rotations: Tensor,
     folder: RunFolder,
 ) -> OrientationDiagnostics:
-    """Measure the diagnostics of a half-map pair and write orientation.json."""
+    """Measure the diagnostics of a half-map pair and what its views lack; write orientation.json."""
     diagnostics = orientation_diagnostics(
         half1,
         half2,
@@ -247,7 +248,10 @@ def measure_orientation(
         symmetry_matrices=group,
         rotations=rotations,
     )
-    folder.write_json(folder.path / "orientation.json", diagnostics.summary())
+    forecast = forecast_views(
+        rotations, generator=torch.Generator().manual_seed(ORIENTATION_SEED), group=group
+    )
+    folder.write_json(folder.path / "orientation.json", diagnostics.summary() | {"views": forecast.summary()})
     return diagnostics
 
 

@@ -11,7 +11,8 @@ beam (1 / cos α), more motion, and views that change because squares of another
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -64,6 +65,15 @@ class ViewForecast:
             return None
         x, y, z = self.missing_view
         return math.degrees(math.atan2(y, x)), math.degrees(math.acos(max(-1.0, min(1.0, z))))
+
+    def summary(self) -> dict[str, Any]:
+        """Return a JSON-ready dictionary."""
+        return {
+            "missing_fraction": self.missing_fraction,
+            "missing_rot_tilt_deg": self.missing_rot_tilt_deg,
+            "tilts": [asdict(tilt) for tilt in self.tilts],
+            "recommended_tilt_deg": self.recommended_tilt_deg,
+        }
 
 
 def forecast_views(

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Literal, NewType
 
+from stream.records.figures import RunFigures
+
 ExposureId = NewType("ExposureId", str)
 RunId = NewType("RunId", str)
 CampaignId = NewType("CampaignId", str)
@@ -369,3 +371,4 @@ class RunResult:
     nyquist_angstrom: float | None = None
     correlation: float | None = None
     union: UnionForecast | None = None
+    figures: RunFigures | None = None
