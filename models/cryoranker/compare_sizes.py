@@ -109,7 +109,14 @@ def _row(
     mean, std = grey_statistics(training.grey)
     config = replace(candidate.config, mean=mean, std=std)
     watched = _first(training, 64)
-    short = TrainConfig(n_steps=8, batch_size=64, warm_up_steps=60, first_least_snr=0.1, evaluate_every=8)
+    short = TrainConfig(
+        n_steps=8,
+        batch_size=64,
+        warm_up_steps=60,
+        first_least_snr=0.1,
+        is_bfloat16=True,
+        evaluate_every=8,
+    )
     started = time.process_time()
     fit(config, short, training, watched)
     n_steps = max(60, round(cpu_seconds / (time.process_time() - started) * short.n_steps))

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from models.cryo_ief.config import ResizeMode
 from models.cryo_ief.preprocess import preprocess_particles
 from models.cryoranker.binding import DeviceBinding
-from models.cryoranker.providers import ON_GPU, ProviderChoice, open_session
+from models.cryoranker.providers import ON_GPU, OPENVINO, ProviderChoice, open_session
 
 DEFAULT_MODEL = Path(__file__).with_name("default.onnx")
 """The ranker that ships with icestream; its model card is this folder's README."""
@@ -48,6 +48,7 @@ class OnnxRanker:
         A file written by `icestream export`, or `DEFAULT_MODEL`.
     provider
         What it shall run on; `auto` takes the best that works. What cannot be had is warned of and replaced by the CPU.
+        `openvino-bf16` computes in bfloat16 where the processor has it: scores have a `model_hash` of their own.
     n_threads
         Threads of one inference and of preprocessing. One thread per worker is the fastest layout.
     batch_size
@@ -77,9 +78,6 @@ class OnnxRanker:
             raise ValueError(msg)
         content = _read(path)
         self.path = path
-        guard = b"" if outlier_sigmas is None else f"outlier_sigmas={outlier_sigmas!r}".encode()
-        self.model_hash = hashlib.sha256(content + guard).hexdigest()
-        """SHA-256 of the file (and of the guard, if on): features and scores are kept under this key."""
         self.outlier_sigmas = outlier_sigmas
         self.n_threads = n_threads
         self.batch_size = batch_size
@@ -87,6 +85,10 @@ class OnnxRanker:
         self._session = opened.session
         self.provider = opened.provider
         """The execution provider in use, as the session reports it."""
+        changes = "" if outlier_sigmas is None else f"outlier_sigmas={outlier_sigmas!r}"
+        changes += "bf16" if provider == "openvino-bf16" and self.provider == OPENVINO else ""
+        self.model_hash = hashlib.sha256(content + changes.encode()).hexdigest()
+        """SHA-256 of the file (and of guard and bfloat16, if on): features and scores are kept under this key."""
         self.info = _read_info(path, self._session)
         self.feature_dim = int(self._session.get_outputs()[self._index_of("feature")].shape[1])
         is_on_gpu = self.provider in ON_GPU

@@ -41,6 +41,7 @@ from models.cryoranker.metrics import ScoreQuality, score_quality
 from models.weights import load_checkpoint, save_checkpoint
 
 CHECKPOINT_FILE = "ranker.safetensors"
+_LEAST_CALIBRATION = 30
 Progress = Callable[[dict[str, float]], None]
 
 log = logging.getLogger(__name__)
@@ -81,6 +82,13 @@ class TrainConfig:
     """Start from cosines in the patch embedding and Xavier's scale elsewhere (see `prepare_start`)."""
     first_least_snr: float = 0.0
     """Only images with at least this SNR are shown at first; the bound falls linearly to 0 at half of the training."""
+    is_bfloat16: bool = False
+    """Products in bfloat16 (weights, norms and loss stay float32): faster where the CPU multiplies bfloat16."""
+    good_accepted: float | None = None
+    """After training the scores are moved (ranks stay) so that this part of the good particles of validation images with
+    an SNR of `calibration_snr` (a range) scores above `calibration_threshold`."""
+    calibration_threshold: float = 0.4
+    calibration_snr: tuple[float, float] = (0.03, 0.08)
     evaluate_every: int = 500
     time_limit_s: float | None = None
     """Wall clock at which the cosine ends early; the decay follows the clock or the steps, whichever is ahead."""
@@ -93,6 +101,9 @@ class TrainConfig:
             if getattr(self, name) < 1:
                 msg = f"{name}: {getattr(self, name)}, must be 1 or more"
                 raise ValueError(msg)
+        if self.good_accepted is not None and not 0.5 <= self.good_accepted < 1.0:
+            msg = f"good_accepted: {self.good_accepted}, must lie in [0.5, 1)"
+            raise ValueError(msg)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,6 +224,7 @@ def fit(
     if state.step:
         generator.set_state(state.tensors["generator"])
         order = state.tensors["order"]
+    _set_attention(model, is_fused=not config.is_bfloat16)
     wrapped = workers.wrap(model)
     curve, step, running = list(state.curve), state.step, state.numbers.get("running", 0.0)
     start = time.monotonic() - state.seconds
@@ -256,6 +268,10 @@ def fit(
                 numbers={"running": running},
             )
             save_state(folder, model, optimiser, now, described)
+    _set_attention(model, is_fused=True)
+    if config.good_accepted is not None:
+        _calibrate(model, config, validation, config.good_accepted)
+        quality = evaluate(model, validation)
     return FittedModel(model=model.eval(), validation=quality, curve=curve, seconds=time.monotonic() - start)
 
 
@@ -319,14 +335,49 @@ def _step(
         rotation_probability=config.rotation_probability,
     )
     labels = torch.from_numpy(training.labels[chosen]).to(device)
-    _, logits = wrapped(images[rows].to(device))
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.is_bfloat16):
+        _, logits = wrapped(images[rows].to(device))
     # Pairs are ranked over the batch of all workers, not within each share.
-    loss = ranking_loss(gather_rows(model.score(logits)), labels, margin=config.margin, alpha=config.alpha)
+    loss = ranking_loss(
+        gather_rows(model.score(logits.float())), labels, margin=config.margin, alpha=config.alpha
+    )
     optimiser.zero_grad(set_to_none=True)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), config.gradient_norm)
     optimiser.step()
     return float(loss.detach())
+
+
+def _set_attention(model: CryoVit, *, is_fused: bool) -> None:
+    """Choose the attention's kernel: PyTorch's fused one is slow in bfloat16 on CPUs, three plain products are not."""
+    blocks: Any = model.blocks  # timm's blocks have no types
+    for block in blocks:
+        block.attn.fused_attn = is_fused
+
+
+def _calibrate(
+    model: CryoVit, config: TrainConfig, validation: LabelledParticles, good_accepted: float
+) -> None:
+    """Move the head's bias so that the asked part of good particles lies above the threshold."""
+    least, most = config.calibration_snr
+    is_used = (validation.snr >= least) & (validation.snr <= most) & (validation.labels > config.alpha)
+    scores = encode_grey(model, validation.grey[is_used]).scores
+    if scores is None or len(scores) < _LEAST_CALIBRATION:
+        found = "no score" if scores is None else f"{len(scores)} good validation images"
+        msg = f"calibration_snr: {least}-{most}, has {found}, {_LEAST_CALIBRATION} are needed"
+        raise ValueError(msg)
+    log_odds = np.log(scores.astype(np.float64)) - np.log1p(
+        -np.minimum(scores.astype(np.float64), 1.0 - 1e-7)
+    )
+    wanted = math.log(config.calibration_threshold / (1.0 - config.calibration_threshold))
+    shift_log_odds(model, wanted - float(np.quantile(log_odds, 1.0 - good_accepted)))
+
+
+def shift_log_odds(model: CryoVit, shift: float) -> None:
+    """Add a constant to the log odds of every score, in place: the head's last bias takes it."""
+    name = "linear1.bias" if model.config.head is Head.SOFTMAX2 else "mlp_classifier.0.bias"
+    with torch.no_grad():
+        model.head.get_parameter(name)[-1] += shift
 
 
 def _learning_rate(config: TrainConfig, step: int, progress: float) -> float:

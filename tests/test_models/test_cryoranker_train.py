@@ -92,6 +92,29 @@ def test_training_beats_the_untrained_network():
     assert fit(MODEL, config, TRAINING, VALIDATION).validation.auc > max(0.9, untrained.auc)
 
 
+@pytest.mark.parametrize("head", [Head.SOFTMAX2, Head.SIGMOID1])
+def test_calibration_moves_the_scores_and_keeps_their_order(head):
+    model, validation = replace(MODEL, head=head), discs(200, 2)
+    plain = fit(model, CONFIG, TRAINING, validation)
+    config = replace(CONFIG, good_accepted=0.8, calibration_snr=(0.0, 1.0))
+    moved = fit(model, config, TRAINING, validation)
+    assert moved.validation.good_accepted == pytest.approx(0.8, abs=0.02)
+    assert moved.validation.auc == pytest.approx(plain.validation.auc, abs=1e-6)
+    assert moved.validation.good_accepted != plain.validation.good_accepted
+
+
+def test_calibration_without_enough_good_images_is_refused():
+    with pytest.raises(ValueError, match=r"calibration_snr: 5\.0-9\.0, has 0 good validation images"):
+        fit(MODEL, replace(CONFIG, good_accepted=0.9, calibration_snr=(5.0, 9.0)), TRAINING, VALIDATION)
+
+
+def test_bfloat16_products_train_as_well():
+    config = replace(CONFIG, n_steps=60, evaluate_every=60, learning_rate=3e-3, is_bfloat16=True)
+    found = fit(MODEL, config, TRAINING, VALIDATION)
+    assert found.validation.auc > 0.9
+    assert all(p.dtype is torch.float32 for p in found.model.parameters())
+
+
 @pytest.fixture
 def encoder(tmp_path):
     torch.manual_seed(5)
