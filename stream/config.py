@@ -15,9 +15,10 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from stream.control.settings import ControllerSettings
+from models.cryoranker.providers import ProviderChoice
+from stream.control.settings import ControllerSettings, RunPolicy
 from stream.records.errors import ConfigurationError
-from stream.records.values import Optics, QualityLimits
+from stream.records.values import Optics, QualityLimits, SweepPolicy
 from stream.store.yaml_files import read_mapping
 
 Voltage = Annotated[float, Field(ge=60, le=400, description="kV; 300000 is in volts")]
@@ -165,34 +166,88 @@ class QualitySettings(_Section):
 class RankerSettings(_Section):
     """Which ONNX CryoRanker scores, and how; None is the shipped default model.
 
+    `provider` is what runs it: auto takes TensorRT, CUDA, OpenVINO or the CPU, the first that works.
     `outlier_sigmas` turns the guard against NaN, hot and dead pixels on; the released models were trained without.
     """
 
     model: Path | None = None
-    provider: Literal["auto", "tensorrt", "cuda", "openvino", "cpu"] = "auto"
+    provider: ProviderChoice = "auto"
     outlier_sigmas: Annotated[float, Field(gt=0)] | None = None
     batch_size: Annotated[int, Field(ge=1, le=8192)] = 64
     max_wait_s: Annotated[float, Field(ge=0, le=600)] = 2.0
     score_threshold: Annotated[float, Field(ge=0, le=1)] = 0.4
 
 
+Rungs = Annotated[tuple[Annotated[int, Field(ge=50)], ...], Field(min_length=1)]
+
+
 class PolicySettings(_Section):
-    """When engine runs start (CryoWizard's policy, incremental)."""
+    """When campaigns of runs start, what they are, and which map is accepted (CryoWizard's policy, incremental)."""
 
     enabled: bool = True
-    first_run_particles: Annotated[int, Field(ge=50)] = 2000
+    rungs: Rungs = (2_000, 5_000, 10_000, 20_000, 50_000, 100_000)
     growth_factor: Annotated[float, Field(gt=1)] = 1.5
+    full_rungs: tuple[Annotated[int, Field(ge=50)], ...] = (10_000, 50_000)
+    full_min_particles: Annotated[int, Field(ge=50)] = 5_000
+    final_min_particles: Annotated[int, Field(ge=50)] = 200
     rebuild_factor: Annotated[float, Field(gt=1)] = 4.0
-    final_run_min_particles: Annotated[int, Field(ge=50)] = 200
     rerun_loss_fraction: Fraction = 0.1
-    cfar_bound: Annotated[float, Field(ge=0, le=1)] = 0.15
+    supersede_growth: Annotated[float, Field(gt=1)] = 2.0
+    search_sizes: Annotated[tuple[Annotated[int, Field(ge=50)], ...], Field(min_length=1, max_length=4)] = (
+        50_000,
+        100_000,
+    )
+    cfar_bound: Fraction = 0.15
+    cfar_null_ratio: Fraction = 0.25
+    cfar_null_min: Fraction = 0.1
+    search: Literal["paper", "bounds"] = "paper"
+    n_parts: Annotated[int, Field(ge=1, le=64)] = 4
+    n_parts_light: Annotated[int, Field(ge=1, le=64)] = 2
+    part_min_particles: Annotated[int, Field(ge=50)] = 1_000
+    bound_scores: tuple[Fraction, Fraction] = (0.8, 0.1)
+    turns: Annotated[tuple[Annotated[int, Field(ge=1, le=64)], ...], Field(min_length=1, max_length=8)] = (
+        8,
+        4,
+        4,
+    )
+    n_clusters: Annotated[int, Field(ge=2, le=64)] = 8
+    cluster_min_particles: Annotated[int, Field(ge=50)] = 500
 
     @model_validator(mode="after")
-    def _rungs_are_in_order(self) -> PolicySettings:
-        if self.final_run_min_particles > self.first_run_particles:
-            msg = "final_run_min_particles is at most first_run_particles"
-            raise ValueError(msg)
+    def _numbers_agree(self) -> PolicySettings:
+        upper, lower = self.bound_scores
+        faults = (
+            (list(self.rungs) != sorted(set(self.rungs)), "rungs ascend"),
+            (
+                self.final_min_particles > self.rungs[0],
+                "final_min_particles is at most the first of the rungs",
+            ),
+            (
+                any(rung < self.full_min_particles for rung in self.full_rungs),
+                "full_rungs are at least full_min_particles",
+            ),
+            (len(set(self.search_sizes)) < len(self.search_sizes), "search_sizes differ"),
+            (upper <= lower, "bound_scores are the upper one first: it selects fewer particles"),
+            (
+                self.full_min_particles < 2 * self.cluster_min_particles,
+                "full_min_particles is at least twice cluster_min_particles, or nothing can be divided",
+            ),
+        )
+        for is_broken, rule in faults:
+            if is_broken:
+                raise ValueError(rule)
         return self
+
+    def run_policy(self, engine: EngineChoice) -> RunPolicy:
+        """Return the policy as the controller's record."""
+        numbers = self.model_dump(exclude={"search"})
+        return RunPolicy(
+            **numbers,
+            sweep=SweepPolicy(self.search),
+            max_parallel_runs=engine.max_parallel_runs,
+            symmetry=engine.symmetry,
+            mask_diameter_angstrom=engine.mask_diameter_angstrom,
+        )
 
 
 class EngineChoice(_Section):
@@ -206,6 +261,8 @@ class EngineChoice(_Section):
     effort: Literal["quick", "normal", "thorough"] = "normal"
     max_box_px: Annotated[int, Field(ge=32, le=512)] = 96
     seed: int = 0
+    max_parallel_runs: Annotated[int, Field(ge=1, le=16)] = 1
+    timeout_s: Annotated[float, Field(gt=0)] = 86_400.0
 
 
 class RuntimeSettings(_Section):
@@ -278,17 +335,11 @@ class SessionSettings(_Section):
 
     def controller_settings(self, *, n_preprocess_workers: int) -> ControllerSettings:
         """Return the controller's numbers; each worker has one item in work and one waiting."""
-        p, a = self.policy, self.acquisition
+        a = self.acquisition
         return ControllerSettings(
             score_threshold=self.ranker.score_threshold,
-            first_run_particles=p.first_run_particles,
-            growth_factor=p.growth_factor,
-            rebuild_factor=p.rebuild_factor,
-            rerun_loss_fraction=p.rerun_loss_fraction,
-            final_run_min_particles=p.final_run_min_particles,
-            cfar_bound=p.cfar_bound,
+            runs=self.policy.run_policy(self.engine),
             max_in_flight_preprocess=2 * n_preprocess_workers,
-            runs_enabled=p.enabled,
             is_gain_orientation_sought=self.movies is not None and a.gain_orientation == "auto",
             max_gain_residual=a.max_gain_residual,
             n_gain_residual_movies=a.gain_residual_movies,
@@ -350,6 +401,8 @@ def _parse_section(name: str, section: type[_S], document: Mapping[str, Any], *,
 
 
 _MOVED_KEYS = {
+    "policy.first_run_particles": "the first of policy.rungs",
+    "policy.final_run_min_particles": "policy.final_min_particles",
     "policy.max_ctf_fit_angstrom": "quality.max_ctf_fit_angstrom",
     "policy.max_total_motion_angstrom": "quality.max_total_motion_angstrom",
 }

@@ -49,7 +49,7 @@ def score(
     batch_size: Annotated[int, typer.Option(min=1, help="Images per inference.")] = 64,
     threads: Annotated[int, typer.Option(min=1, help="Threads of one inference.")] = 1,
     provider: Annotated[
-        str, typer.Option(help="What runs the model: auto, tensorrt, cuda, openvino or cpu.")
+        str, typer.Option(help="What runs the model: auto, tensorrt, cuda, openvino, openvino-bf16 or cpu.")
     ] = "auto",
     outlier_sigmas: Annotated[
         float | None,

@@ -4,6 +4,7 @@ GPU providers are played by a stand-in for ONNX Runtime; OpenVINO's is asked whe
 """
 
 import logging
+from importlib.metadata import PackageNotFoundError
 from types import SimpleNamespace
 
 import numpy as np
@@ -29,8 +30,9 @@ class StandIn:
     GraphOptimizationLevel = onnxruntime.GraphOptimizationLevel
     SessionOptions = onnxruntime.SessionOptions
 
-    def __init__(self, available, *, works=(), raises=()):
+    def __init__(self, available, *, works=(), raises=(), precision="fp16"):
         self.available, self.works, self.raises = available, works, raises
+        self.precision = precision
         self.asked = []
 
     def get_available_providers(self):
@@ -43,7 +45,9 @@ class StandIn:
             if name in self.raises:
                 raise RuntimeError(f"{name} failed to load its library\nand more")
         taken = [name for name in names if name in (*self.works, CPU)]
-        metadata = SimpleNamespace(custom_metadata_map={"input_size": "64", "icestream_precision": "fp16"})
+        metadata = SimpleNamespace(
+            custom_metadata_map={"input_size": "64", "icestream_precision": self.precision}
+        )
         return SimpleNamespace(
             get_providers=lambda: taken, disable_fallback=lambda: None, get_modelmeta=lambda: metadata
         )
@@ -97,6 +101,33 @@ def test_auto_on_a_plain_build_takes_the_cpu_without_a_warning(caplog):
     assert not warnings_of(caplog)
 
 
+def test_an_int8_file_stays_on_the_cpu_with_a_word_on_what_a_gpu_would_take(caplog):
+    runtime = StandIn((CUDA, OPENVINO), works=(CUDA, OPENVINO), precision="int8")
+    assert choose(runtime) == CPU
+    assert [provider for provider, _ in warnings_of(caplog)] == [CUDA, OPENVINO]
+    assert "export fp16" in warnings_of(caplog)[0][1]
+    assert choose(runtime, "cuda") == CUDA
+
+
+def test_two_builds_of_onnx_runtime_in_one_environment_are_warned_of(caplog, monkeypatch):
+    """They share one folder: the one that was installed last decides what there is."""
+    installed = {"onnxruntime": "1.31.1", "onnxruntime-gpu": "1.31.1"}
+
+    def version(name):
+        if name not in installed:
+            raise PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr("models.cryoranker.providers.version", version)
+    choose(StandIn(()))
+    (record,) = [r for r in caplog.records if r.message == "several_onnxruntime_builds"]
+    assert record.builds == ["onnxruntime", "onnxruntime-gpu"]
+    caplog.clear()
+    del installed["onnxruntime"]
+    choose(StandIn(()))
+    assert not caplog.records
+
+
 def test_an_unknown_provider_is_refused():
     with pytest.raises(ValueError, match="provider: 'tpu', must be one of auto, tensorrt"):
         OnnxRanker(DEFAULT_MODEL, provider="tpu")
@@ -115,6 +146,17 @@ def test_tensorrt_plans_one_engine_for_all_batches_and_keeps_it(tmp_path, monkey
     assert cuda == {"use_tf32": "0"}
 
 
+@pytest.mark.parametrize(
+    ("choice", "hint"), [("auto", "f32"), ("openvino", "f32"), ("openvino-bf16", "bf16")]
+)
+def test_openvino_computes_in_bfloat16_only_when_asked_to(choice, hint):
+    runtime = StandIn((OPENVINO,), works=(OPENVINO,))
+    assert choose(runtime, choice) == OPENVINO
+    name, options = runtime.asked[-1][0]
+    assert name == OPENVINO
+    assert hint in options["load_config"]
+
+
 @pytest.mark.skipif(
     OPENVINO not in onnxruntime.get_available_providers(), reason="needs onnxruntime-openvino"
 )
@@ -124,6 +166,9 @@ def test_openvino_gives_the_cpus_scores():
     assert ranker.provider == OPENVINO
     expected = OnnxRanker(DEFAULT_MODEL, provider="cpu").score(images)
     np.testing.assert_allclose(ranker.score(images)[0], expected[0], atol=1e-4)
+    coarse = OnnxRanker(DEFAULT_MODEL, provider="openvino-bf16", batch_size=4)
+    np.testing.assert_allclose(coarse.score(images)[0], expected[0], atol=5e-2)
+    assert coarse.model_hash != ranker.model_hash == OnnxRanker(DEFAULT_MODEL, provider="cpu").model_hash
 
 
 @pytest.mark.parametrize("box", [64, 96, 48])
@@ -164,7 +209,7 @@ def test_a_failed_run_gives_its_buffers_back_so_that_a_smaller_batch_may_fit():
             return session.io_binding()
 
         def run_with_iobinding(self, binding):
-            if binding._bound_outputs and self.n > 4:
+            if self.n > 4:
                 raise RuntimeError("BFCArena: Failed to allocate memory")
             session.run_with_iobinding(binding)
 
