@@ -18,9 +18,16 @@ from actors.engines.base import EngineSettings
 from actors.preprocess.gain import OrientedGain, orient_session_gain
 from actors.preprocess.settings import PreprocessSettings
 from models.cryoranker.providers import ProviderChoice
-from stream.records.commands import OrientGain, Preprocess, Rank, StartRun
+from stream.records.commands import ClusterParticles, OrientGain, Preprocess, Rank, StartRun
 from stream.records.errors import IcestreamError, InputError
-from stream.records.values import FailureKind, InputKind, PreprocessResult, RankResult, RunResult
+from stream.records.values import (
+    ClusteringResult,
+    FailureKind,
+    InputKind,
+    PreprocessResult,
+    RankResult,
+    RunResult,
+)
 from stream.store.layout import OutputLayout
 
 log = logging.getLogger(__name__)
@@ -50,6 +57,7 @@ class WorkerSpec:
     ranker: RankerOptions
     engine_name: str
     engine: EngineSettings
+    run_timeout_s: float = 86_400.0
 
     @property
     def layout(self) -> OutputLayout:
@@ -133,17 +141,27 @@ class RankHandler:
 
 
 class RunHandler:
-    """Runs the chosen engine on the particles above the threshold."""
+    """Runs the chosen engine on the particles of a subset, and divides particles by view."""
 
     def __init__(self, spec: WorkerSpec) -> None:
         self._spec = spec
 
-    def process(self, command: StartRun) -> RunResult:
-        """Reconstruct and judge."""
+    def process(self, command: StartRun | ClusterParticles) -> RunResult | ClusteringResult:
+        """Reconstruct and judge, or cluster."""
+        spec = self._spec
+        if isinstance(command, ClusterParticles):
+            from actors.clustering import cluster_particles
+
+            return cluster_particles(command, spec.layout)
         from actors.engines.session_run import run_engine
 
-        spec = self._spec
-        return run_engine(command, spec.layout, engine_name=spec.engine_name, settings=spec.engine)
+        return run_engine(
+            command,
+            spec.layout,
+            engine_name=spec.engine_name,
+            settings=spec.engine,
+            timeout_s=spec.run_timeout_s,
+        )
 
 
 def attempt(process: Callable[[], Outcome], item: str) -> Outcome | Failure:

@@ -6,20 +6,22 @@ from typing import assert_never
 
 from actors.handlers import Failure
 from actors.preprocess.gain import OrientedGain
-from stream.records.commands import OrientGain, Preprocess, Rank, StartRun
+from stream.records.commands import ClusterParticles, OrientGain, Preprocess, Rank, StartRun
 from stream.records.events import (
+    ClusteringFailed,
     Event,
     ExposurePreprocessed,
     ExposureRanked,
     GainOriented,
+    ParticlesClustered,
     RunEnded,
     RunFailed,
     StageFailed,
 )
-from stream.records.values import PreprocessResult, RankResult, RunResult, Stage
+from stream.records.values import ClusteringResult, PreprocessResult, RankResult, RunResult, Stage
 
-WorkCommand = Preprocess | OrientGain | Rank | StartRun
-WorkOutcome = PreprocessResult | OrientedGain | RankResult | RunResult | Failure
+WorkCommand = Preprocess | OrientGain | Rank | StartRun | ClusterParticles
+WorkOutcome = PreprocessResult | OrientedGain | RankResult | RunResult | ClusteringResult | Failure
 
 
 def event_for(command: WorkCommand, outcome: WorkOutcome, at: float) -> Event:
@@ -41,6 +43,8 @@ def event_for(command: WorkCommand, outcome: WorkOutcome, at: float) -> Event:
             return ExposureRanked(at=at, result=outcome)
         case RunResult():
             return RunEnded(at=at, result=outcome)
+        case ClusteringResult():
+            return ParticlesClustered(at=at, result=outcome)
         case _:
             assert_never(outcome)
 
@@ -56,6 +60,8 @@ def _failure_event(command: WorkCommand, failure: Failure, at: float) -> Event:
             exposure_id, stage = command.exposure_id, Stage.RANK
         case StartRun(request=request):
             return RunFailed(at=at, run_id=request.run_id, reason=failure.reason)
+        case ClusterParticles(request=clustering):
+            return ClusteringFailed(at=at, clustering_id=clustering.clustering_id, reason=failure.reason)
         case _:
             assert_never(command)
     return StageFailed(at=at, exposure_id=exposure_id, stage=stage, kind=failure.kind, reason=failure.reason)
@@ -72,5 +78,7 @@ def item_of(command: WorkCommand) -> str:
             return name
         case StartRun(request=request):
             return request.run_id
+        case ClusterParticles(request=clustering):
+            return clustering.clustering_id
         case _:
             assert_never(command)

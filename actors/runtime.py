@@ -31,8 +31,16 @@ from actors.handlers import (
     attempt,
 )
 from actors.outcomes import WorkCommand, WorkOutcome, event_for, item_of
-from stream.records.commands import Command, OrientGain, Preprocess, Rank, StartRun
-from stream.records.events import Event
+from stream.records.commands import (
+    CancelRun,
+    ClusterParticles,
+    Command,
+    OrientGain,
+    Preprocess,
+    Rank,
+    StartRun,
+)
+from stream.records.events import Event, RunCancelled
 from stream.records.values import FailureKind
 
 log = logging.getLogger(__name__)
@@ -42,7 +50,8 @@ log = logging.getLogger(__name__)
 class PoolSettings:
     """How many actors there are and what each asks of the cluster.
 
-    `engine_niceness` keeps the live stages' share of a machine that the engine shares with them.
+    `engine_niceness` keeps the live stages' share of a machine that the engine shares with them. There are
+    `n_engines` engine workers, each with `engine_threads`; a run longer than `run_timeout_s` costs its worker's life.
     """
 
     n_preprocess_workers: int
@@ -52,7 +61,9 @@ class PoolSettings:
     engine_gpus: float = 0.0
     engine_threads: int = 1
     engine_niceness: int = 5
+    n_engines: int = 1
     stage_timeout_s: float = 1800.0
+    run_timeout_s: float = 86_400.0
     ray_metrics_port: int | None = None
     object_store_bytes: int = 300 * 2**20
 
@@ -100,23 +111,23 @@ class RayRuntime:
         self._spec = spec
         self._preprocessors = [self._start("preprocess") for _ in range(pools.n_preprocess_workers)]
         self._ranker = self._start("rank")
-        self._engine = self._start("engine")
-        self._idle = deque(self._preprocessors)
-        self._waiting: deque[Preprocess | OrientGain] = deque()
+        self._engines = [self._start("engine") for _ in range(pools.n_engines)]
+        self._idle = {"preprocess": deque(self._preprocessors), "engine": deque(self._engines)}
+        self._waiting: dict[str, deque[WorkCommand]] = {"preprocess": deque(), "engine": deque()}
         self._in_work: dict[Any, _InWork] = {}
         self._answers: list[Event] = []
         self._restarts = Counter(preprocess=0, rank=0, engine=0)
 
     def submit(self, command: Command) -> None:
-        """Send a command to an actor, or hold it until a preprocessing actor is idle."""
+        """Send a command to an actor, or hold it until one of its pool is idle."""
         match command:
-            case Preprocess() | OrientGain():
-                self._waiting.append(command)
-                self._feed()
             case Rank():
                 self._send(command, self._ranker)
-            case StartRun():
-                self._send(command, self._engine)
+            case CancelRun():
+                self._cancel(command)
+            case _:
+                self._waiting[_pool_of(command)].append(command)
+                self._feed()
 
     def poll(self, timeout_s: float) -> list[Event]:
         """Return the events that answer commands."""
@@ -140,15 +151,30 @@ class RayRuntime:
 
     def close(self) -> None:
         """Kill the actors, and Ray if it was started here."""
-        for actor in (*self._preprocessors, self._ranker, self._engine):
+        for actor in (*self._preprocessors, self._ranker, *self._engines):
             ray.kill(actor)
         self._in_work.clear()
         if self._owns_ray:
             ray.shutdown()
 
     def _feed(self) -> None:
-        while self._waiting and self._idle:
-            self._send(self._waiting.popleft(), self._idle.popleft())
+        for pool, waiting in self._waiting.items():
+            while waiting and self._idle[pool]:
+                self._send(waiting.popleft(), self._idle[pool].popleft())
+
+    def _cancel(self, command: CancelRun) -> None:
+        """Answer a run's command with its cancellation: kill its worker, or forget it if it has none yet."""
+        answer = RunCancelled(at=self._clock(), run_id=command.run_id, reason=command.reason)
+        waiting = self._waiting["engine"]
+        for queued in list(waiting):
+            if isinstance(queued, StartRun) and queued.request.run_id == command.run_id:
+                waiting.remove(queued)
+                self._answers.append(answer)
+        for reference, work in list(self._in_work.items()):
+            if isinstance(work.command, StartRun) and work.command.request.run_id == command.run_id:
+                del self._in_work[reference]
+                self._idle["engine"].append(self._replace(work, is_restart=False).actor)
+                self._answers.append(answer)
 
     def _send(self, command: WorkCommand, actor: Any) -> None:  # noqa: ANN401 - Ray's handles have no public type
         reference = actor.process.remote(command)
@@ -165,29 +191,30 @@ class RayRuntime:
         self._answer(work, outcome)
 
     def _answer(self, work: _InWork, outcome: WorkOutcome) -> None:
-        if isinstance(work.command, Preprocess | OrientGain):
-            self._idle.append(work.actor)
+        pool = _pool_of(work.command)
+        if pool in self._idle:
+            self._idle[pool].append(work.actor)
         self._answers.append(event_for(work.command, outcome, self._clock()))
 
-    def _replace(self, work: _InWork) -> _InWork:
+    def _replace(self, work: _InWork, *, is_restart: bool = True) -> _InWork:
         """Put a new actor in the place of one that is dead or has to die; return the work with the new one.
 
         Ray's own restarts are not used: for a while after a death they refuse calls, and each refusal would
-        cost an item one of its attempts.
+        cost an item one of its attempts. A worker that was killed on purpose is no restart that anybody counts.
         """
         pool = _pool_of(work.command)
-        current = {"rank": [self._ranker], "engine": [self._engine]}.get(pool, self._preprocessors)
+        current = {"rank": [self._ranker], "engine": self._engines}.get(pool, self._preprocessors)
         if work.actor not in current:  # replaced already, by another of its commands
             return work
         ray.kill(work.actor)
-        self._restarts[pool] += 1
+        self._restarts[pool] += is_restart
         fresh = self._start(pool)
         if pool == "preprocess":
             self._preprocessors[self._preprocessors.index(work.actor)] = fresh
         elif pool == "rank":
             self._ranker = fresh
         else:
-            self._engine = fresh
+            self._engines[self._engines.index(work.actor)] = fresh
         return replace(work, actor=fresh)
 
     def _start(self, pool: str) -> Any:  # noqa: ANN401
@@ -208,10 +235,11 @@ class RayRuntime:
         )
 
     def _kill_overdue(self) -> None:
-        limit = self._pools.stage_timeout_s
         now = time.monotonic()
         for reference, work in list(self._in_work.items()):
-            if isinstance(work.command, StartRun) or now - work.since < limit:
+            is_engine = _pool_of(work.command) == "engine"
+            limit = self._pools.run_timeout_s if is_engine else self._pools.stage_timeout_s
+            if now - work.since < limit:
                 continue
             del self._in_work[reference]
             reason = f"{item_of(work.command)}: no outcome within {limit:.0f} s"
@@ -224,7 +252,7 @@ def _pool_of(command: WorkCommand) -> str:
             return "preprocess"
         case Rank():
             return "rank"
-        case StartRun():
+        case StartRun() | ClusterParticles():
             return "engine"
 
 

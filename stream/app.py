@@ -146,17 +146,18 @@ class Service:
         self._journal.close()
 
     def _take(self, events: Iterable[Event]) -> None:
-        events = list(events)
-        if not events:
-            return
-        self._journal.append(events)
-        for event in events:
-            commands = self.controller.handle(event)
-            self._telemetry.observe(event)
-            if self._on_event is not None:
-                self._on_event(event)
-            for command in commands:
-                self._runtime.submit(command)
+        """Commit events and do what follows, until the controller proposes nothing more."""
+        pending = list(events)
+        while pending:
+            self._journal.append(pending)
+            for event in pending:
+                commands = self.controller.handle(event)
+                self._telemetry.observe(event)
+                if self._on_event is not None:
+                    self._on_event(event)
+                for command in commands:
+                    self._runtime.submit(command)
+            pending = self.controller.propose(self._clock())
 
     def _tell_troubles(self) -> None:
         for line in self._source.take_dropped():

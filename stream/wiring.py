@@ -48,7 +48,9 @@ def build_worker_spec(settings: SessionSettings) -> WorkerSpec:
     model = settings.ranker.model
     if model is not None and not model.is_file():
         raise ConfigurationError(model, "ranker.model is an ONNX file that exists")
-    n_threads = settings.engine.n_threads or len(os.sched_getaffinity(0))
+    n_threads = settings.engine.n_threads or max(
+        1, len(os.sched_getaffinity(0)) // settings.engine.max_parallel_runs
+    )
     return WorkerSpec(
         out=settings.out,
         source=settings.source,
@@ -63,6 +65,7 @@ def build_worker_spec(settings: SessionSettings) -> WorkerSpec:
             n_callers=16,
         ),
         engine_name=settings.engine.name,
+        run_timeout_s=settings.engine.timeout_s,
         engine=EngineSettings(
             symmetry=settings.engine.symmetry,
             mask_diameter_angstrom=settings.engine.mask_diameter_angstrom,
@@ -182,6 +185,9 @@ def build_runtime(settings: SessionSettings, *, in_process: bool) -> Runtime:
         ray_metrics_port=settings.telemetry.ray_port,
         engine_threads=spec.engine.n_threads,
         stage_timeout_s=settings.runtime.stage_timeout_s,
+        n_engines=settings.engine.max_parallel_runs,
+        # the run looks at its clock itself and says why it stopped; one that does not is killed later
+        run_timeout_s=1.1 * settings.engine.timeout_s + 60.0,
     )
     return RayRuntime(spec, pools)
 

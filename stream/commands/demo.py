@@ -147,7 +147,7 @@ def _settings(microscope: Path, session: Path, metrics_port: int) -> SessionSett
             "box_size_px": EXTRACT_BOX_PX,
             "extract_pixel_size_angstrom": EXTRACT_PIXEL_SIZE_ANGSTROM,
         },
-        "policy": {"first_run_particles": 500, "growth_factor": 2.0},
+        "policy": {"rungs": [500], "growth_factor": 2.0},
         "runtime": {"min_free_disk_bytes": 2**29},
         "telemetry": {"port": None if metrics_port < 0 else metrics_port},
     }

@@ -1,7 +1,7 @@
 """The controller: an event in, commands out; no clock, no disk, no Ray.
 
 State is derived from events alone, so a journal that is replayed gives the same state, and the commands
-that were issued but have no outcome are issued again by the next `SessionOpened`. The controller routes events;
+that were issued but have no outcome are issued again by the next `SessionOpened`. What is to become a fact (campaigns, runs) is proposed, committed and handled like any other event. The controller routes events;
 counts live in `books`, judgement in `quality`, the gain reference in `gain`, rules of runs in `runs`.
 """
 
@@ -10,21 +10,27 @@ from __future__ import annotations
 from array import array
 from collections import Counter, deque
 from collections.abc import Iterable
+from typing import assert_never
 
 from stream.control.admission import Load, find_reason_to_wait
 from stream.control.books import ExposureBooks
+from stream.control.campaign import CampaignRecord
 from stream.control.decisions import DecisionLog
 from stream.control.exposures import ExposureRecord, ExposureState
 from stream.control.gain import GainSearch, ResidualWatch, describe_orientation
 from stream.control.ladder import RunLadder
-from stream.control.quality import describe_limits, figures_of
-from stream.control.runs import RunRecord
+from stream.control.quality import EXCLUDED, Breach, describe_limits, figures_of
+from stream.control.runs import RunRecord, RunState
 from stream.control.settings import ControllerSettings
 from stream.control.wishes import Wishes
 from stream.records.commands import Command, Preprocess, Rank, RunMember
 from stream.records.errors import InvariantError
 from stream.records.events import (
     BY_CONFIGURATION,
+    CampaignEnded,
+    CampaignStarted,
+    ClusteringFailed,
+    ClusteringStarted,
     DiskSpaceChanged,
     DrainRequested,
     Event,
@@ -35,14 +41,18 @@ from stream.records.events import (
     FileRejected,
     GainOriented,
     InputEnded,
+    ParticlesClustered,
     QualityLimitsChanged,
+    RunCancelled,
     RunEnded,
     RunFailed,
+    RunStarted,
     SessionDecided,
     SessionOpened,
     StageFailed,
 )
 from stream.records.values import (
+    CampaignId,
     Exposure,
     ExposureId,
     FailureKind,
@@ -55,6 +65,7 @@ from stream.records.values import (
     RunResult,
     Stage,
 )
+from stream.records.wishes import WishKind
 
 
 class Controller:
@@ -65,11 +76,11 @@ class Controller:
         self._books = ExposureBooks(settings.score_threshold)
         self.exposures = self._books.records
         self.decisions = DecisionLog()
-        self._ladder = RunLadder(settings, self._books, self.decisions)
+        self.wishes = Wishes()
+        self._ladder = RunLadder(settings, self._books, self.wishes, self.decisions)
         self.limits = QualityLimits()
         self.configured_limits = QualityLimits()
         self.request_ids: set[str] = set()
-        self.wishes = Wishes()
         self.gain = GainSearch(settings)
         self.gain_residual = ResidualWatch(settings)
         self.is_input_ended = False
@@ -81,11 +92,12 @@ class Controller:
 
     def handle(self, event: Event) -> list[Command]:
         """Take one event and return what is to be done now."""
-        reissued: list[Command] = []
+        commands: list[Command] = []
+        best = self.best_run
         self.wishes.take(event)
         match event:
             case SessionOpened():
-                reissued = self._reopen()
+                commands = self._reopen()
             case ExposureFound():
                 self._take_found(event)
             case FileRejected():
@@ -100,6 +112,7 @@ class Controller:
                 self._take_overrule(event)
             case SessionDecided():
                 self.request_ids |= {event.request_id} - {""}
+                self._take_wish(event, best)
             case ExposurePreprocessed(result=preprocessed):
                 self._take_preprocessed(event.at, preprocessed)
             case ExposureRanked(result=ranked):
@@ -109,14 +122,41 @@ class Controller:
             case RunEnded(result=result):
                 self._ladder.take_result(event.at, result)
             case RunFailed(run_id=run_id, reason=reason):
-                self._ladder.take_failure(event.at, run_id, reason)
+                self._ladder.take_failure(event.at, run_id, reason, RunState.FAILED)
+            case RunCancelled(run_id=run_id, reason=reason):
+                self._ladder.take_failure(event.at, run_id, reason, RunState.CANCELLED)
+            case CampaignStarted():
+                self._ladder.start_campaign(event)
+            case CampaignEnded():
+                commands = self._ladder.end_campaign(event)
+            case RunStarted():
+                commands = self._ladder.start_run(event)
+            case ClusteringStarted():
+                commands = self._ladder.start_clustering(event)
+            case ParticlesClustered():
+                self._ladder.take_clusters(event)
+            case ClusteringFailed():
+                self._ladder.take_clustering_failure(event)
             case DiskSpaceChanged(is_low=is_low):
                 self._is_disk_low = is_low
             case InputEnded():
                 self.is_input_ended = True
+                self._tell_if_too_few(event.at, "no more input")
             case DrainRequested():
                 self.is_draining = True
-        return reissued + self._ask_gain(event.at) + self._admit() + self._start_run(event.at)
+            case _:
+                assert_never(event)
+        return commands + self._ask_gain(event.at) + self._admit()
+
+    def propose(self, at: float) -> list[Event]:
+        """Return what the controller wants to be a fact: campaigns, runs and clusterings to start or to end.
+
+        It changes nothing. Each event is to be committed and handled, and the question asked again until
+        the answer is empty. A replay asks nothing: what was decided is in the journal.
+        """
+        if self.is_draining:
+            return []
+        return self._ladder.propose(at, is_complete=self._is_everything_ranked)
 
     # --- what others may ask -------------------------------------------------------------------------
 
@@ -141,9 +181,19 @@ class Controller:
         return self._books.n_above_threshold
 
     @property
-    def active_run(self) -> RunRequest | None:
-        """The run that the engine works on."""
-        return None if self._ladder.active is None else self._ladder.active.request
+    def n_half_sets_by_balance(self) -> int:
+        """Exposures whose half-set the balance decided, against the hash of their id: the order of arrival did."""
+        return self._books.n_half_sets_by_balance
+
+    @property
+    def runs_in_work(self) -> list[RunRequest]:
+        """The runs that the engine works on."""
+        return [run.request for run in self._ladder.runs_in_work]
+
+    @property
+    def campaigns(self) -> dict[CampaignId, CampaignRecord]:
+        """Every campaign, in order."""
+        return self._ladder.campaigns
 
     @property
     def runs(self) -> dict[RunId, RunRecord]:
@@ -188,16 +238,14 @@ class Controller:
     @property
     def has_work(self) -> bool:
         """True while an exposure, the gain reference or a run is in work."""
-        return (
-            any(self._in_flight.values())
-            or self.gain.in_flight is not None
-            or self._ladder.active is not None
-        )
+        return any(self._in_flight.values()) or self.gain.in_flight is not None or self._ladder.has_work
 
     @property
     def is_finished(self) -> bool:
         """True when no more input comes and everything has an outcome, or waits for one that cannot come."""
-        return self._is_everything_ranked and not self.has_work and self._ladder.queued is None
+        if not self._is_everything_ranked or self.has_work:
+            return False
+        return not self._ladder.propose(0.0, is_complete=True)
 
     @property
     def _is_everything_ranked(self) -> bool:
@@ -206,12 +254,13 @@ class Controller:
         return self.is_input_ended and not (waiting or any(self._in_flight.values()))
 
     def list_members(self) -> tuple[RunMember, ...]:
-        """Return every done exposure with particles and its half-set, in order of arrival."""
+        """Return every done exposure with particles and its half-set, by name."""
         return self._books.list_members()
 
     def check_invariants(self) -> None:
         """Raise `InvariantError` when the books do not balance."""
         self._books.check()
+        self._ladder.check()
         queued = Counter(i for q in self._waiting.values() for i in q)
         flying = {i for s in self._in_flight.values() for i in s}
         for record in self.exposures.values():
@@ -222,7 +271,7 @@ class Controller:
                     record.name, "an exposure is queued once, or in flight, or neither", record.state
                 )
             is_judged = record.state in (ExposureState.DONE, ExposureState.REJECTED)
-            is_refused = record.find_breach(self.limits) is not None
+            is_refused = self._find_breach(record) is not None
             if is_judged and is_refused != (record.state is ExposureState.REJECTED):
                 raise InvariantError(
                     record.name, "an exposure is used when nothing speaks against it", record.reason
@@ -289,11 +338,12 @@ class Controller:
         if record is None:
             return
         record.score_histogram = array("I", result.score_histogram)
-        record.model_hash = result.model_hash
+        record.model_hash = self._books.model_hash = result.model_hash
         record.n_unscored = result.n_excluded
         record.preprocessed = None
         self._settle(record)
-        self._ladder.request_if_due(at)
+        if self._is_everything_ranked:
+            self._tell_if_too_few(at, "the last exposure is scored")
 
     def _take_failure(self, event: StageFailed) -> None:
         is_machine = event.kind is FailureKind.RESOURCE
@@ -353,7 +403,7 @@ class Controller:
 
     def _settle(self, record: ExposureRecord, *, first: bool = False) -> None:
         """Move a preprocessed exposure to where judgement and scores say that it belongs."""
-        if breach := record.find_breach(self.limits):
+        if breach := self._find_breach(record):
             self._books.move(record, ExposureState.REJECTED, breach.reason, breach.rule)
         elif record.preprocessed is not None:
             self._books.assign_half_set(record)
@@ -408,8 +458,7 @@ class Controller:
                     self._settle(self.exposures[exposure_id], first=True)
                 else:
                     self._queue(self.exposures[exposure_id], stage, first=True)
-        reissued: list[Command] = [] if self._ladder.active is None else [self._ladder.active]
-        return reissued + self.gain.reopen()
+        return self._ladder.reopen() + list(self.gain.reopen())
 
     # --- the gain reference --------------------------------------------------------------------------
 
@@ -450,7 +499,6 @@ class Controller:
         n_after = self.n_by_state[ExposureState.REJECTED]
         words = f"{event.reason or 'no reason given'}; {n_after} exposures rejected (before: {n_before})"
         self.decisions.add(event.at, f"set quality limits: {describe_limits(event.limits)}", words)
-        self._ladder.request_if_due(event.at)
 
     def _take_overrule(self, event: ExposureOverruled) -> None:
         record = self.exposures.get(event.exposure_id)
@@ -462,7 +510,31 @@ class Controller:
         self.decisions.add(
             event.at, verbs[event.is_accepted].format(record.name), event.reason or "no reason given"
         )
-        self._ladder.request_if_due(event.at)
+
+    def _take_wish(self, event: SessionDecided, best: RunResult | None) -> None:
+        """Let what a person decided take effect: the threshold, excluded times, the accepted map."""
+        what = self.wishes.history[-1].what
+        self.decisions.add(event.at, what, event.reason or "no reason given")
+        self._books.score_threshold = self.wishes.score_threshold or self._settings.score_threshold
+        self._judge_again(self.exposures.values())
+        self._ladder.review(event.at, best)
+        if event.wish.kind is WishKind.FORCE_RUN:
+            self._tell_if_too_few(event.at, "a run was asked for")
+
+    def _find_breach(self, record: ExposureRecord) -> Breach | None:
+        """Return why an exposure is not to be used: a person's word on it, an excluded time, the limits; or None."""
+        is_excluded = record.exposure is not None and self.wishes.is_excluded(record.exposure)
+        if is_excluded and record.overruled_as is None:
+            return Breach(rule=EXCLUDED, reason="taken in a time that was excluded by hand")
+        return record.find_breach(self.limits)
+
+    def _tell_if_too_few(self, at: float, when: str) -> None:
+        n, needed = self.n_above_threshold, self._settings.runs.final_min_particles
+        if n < needed and self._settings.runs.enabled:
+            words = (
+                f"{when}: {n} particles above {self._books.score_threshold:g}, at least {needed} are needed"
+            )
+            self.decisions.add(at, "start no run", words)
 
     def _judge_again(self, records: Iterable[ExposureRecord]) -> None:
         """Judge by today's limits and words; what is in work is judged when it lands."""
@@ -471,7 +543,7 @@ class Controller:
             if record.state is ExposureState.REJECTED:
                 self._settle(record)
             elif (record.state is ExposureState.DONE or is_waiting_to_be_ranked) and (
-                breach := record.find_breach(self.limits)
+                breach := self._find_breach(record)
             ):
                 self._books.move(record, ExposureState.REJECTED, breach.reason, breach.rule)
         queue = self._waiting[Stage.RANK]
@@ -479,8 +551,3 @@ class Controller:
             i for i in queue if self.exposures[i].state is ExposureState.WAITING
         )
         self._ladder.count_losses()
-
-    def _start_run(self, at: float) -> list[Command]:
-        if self._is_everything_ranked:
-            self._ladder.request_last_if_due(at)
-        return [] if self.is_draining else [*self._ladder.start(at)]

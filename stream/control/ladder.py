@@ -1,29 +1,68 @@
-"""The ladder of engine runs: which one works, which one waits, and what became of the others."""
+"""The engine's side of the controller: campaigns, their runs, and what is proposed next.
+
+`propose` is a pure question: it returns events that are to be committed, and changes nothing. What comes back
+through `take_…` is the only thing that changes the state, so that a replay starts the runs that were
+started, whatever the settings say today.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
+from stream.control.acceptance import Acceptance
 from stream.control.books import ExposureBooks
+from stream.control.branch import find_forecast
+from stream.control.campaign import (
+    CampaignRecord,
+    ClusteringDraft,
+    ClusteringRecord,
+    Conclusion,
+    RunDraft,
+)
 from stream.control.decisions import DecisionLog
 from stream.control.exposures import ExposureState
 from stream.control.runs import (
+    IN_WORK,
     RunRecord,
     RunState,
     choose_template,
-    choose_warm_start,
     describe_verdict,
-    find_reason_for_final_run,
-    find_reason_to_rerun,
-    find_reason_to_run,
-    select_best,
+    without_nan,
 )
+from stream.control.search import find_next_step
 from stream.control.settings import ControllerSettings
-from stream.records.commands import StartRun
+from stream.control.triggers import (
+    Due,
+    Precedence,
+    Standing,
+    find_due,
+    find_precedence,
+    is_same_work,
+    plan_campaign,
+)
+from stream.control.wishes import Wishes
+from stream.control.words import (
+    describe_campaign,
+    describe_clustering,
+    describe_comparison,
+    describe_forecast,
+)
+from stream.records.commands import CancelRun, ClusterParticles, Command, StartRun
+from stream.records.errors import InvariantError
+from stream.records.events import (
+    CampaignEnded,
+    CampaignStarted,
+    ClusteringFailed,
+    ClusteringStarted,
+    Event,
+    ParticlesClustered,
+    RunStarted,
+)
 from stream.records.values import (
     CampaignId,
+    CampaignRequest,
+    CampaignTrigger,
+    ClusteringId,
+    ClusteringRequest,
     ExposureId,
-    ParticleSubset,
     RunId,
     RunPurpose,
     RunRequest,
@@ -32,122 +71,373 @@ from stream.records.values import (
 
 
 class RunLadder:
-    """Runs of a session: one in work, at most one queued; what is running is let finish."""
+    """Campaigns and runs of a session; at most one campaign is active, and the engine's slots are bounded."""
 
-    def __init__(self, settings: ControllerSettings, books: ExposureBooks, decisions: DecisionLog) -> None:
+    def __init__(
+        self, settings: ControllerSettings, books: ExposureBooks, wishes: Wishes, decisions: DecisionLog
+    ) -> None:
         self._settings = settings
+        self._policy = settings.runs
         self._books = books
+        self._wishes = wishes
         self._decisions = decisions
         self.runs: dict[RunId, RunRecord] = {}
-        self.active: StartRun | None = None
-        self.queued: RunRequest | None = None
+        self.campaigns: dict[CampaignId, CampaignRecord] = {}
+        self.acceptance = Acceptance(self._policy, self.runs, wishes, decisions)
+        self._in_work: dict[RunId, RunRecord] = {}
         self._last_members: frozenset[ExposureId] = frozenset()
         self._n_lost = 0
+        self._n_forced_served = 0
+
+    # --- what others may ask -------------------------------------------------------------------------
+
+    @property
+    def last(self) -> CampaignRecord | None:
+        """The campaign that was started last, or None."""
+        return next(reversed(self.campaigns.values()), None)
+
+    @property
+    def active(self) -> CampaignRecord | None:
+        """The campaign in work, or None."""
+        return self.last if self.last is not None and self.last.is_active else None
 
     @property
     def best(self) -> RunResult | None:
         """The accepted map, or None."""
-        results = [r.result for r in self.runs.values() if r.result is not None]
-        return select_best(results, self._settings)
+        return self.acceptance.result
 
     @property
     def template(self) -> RunId | None:
         """The run whose map new micrographs are picked with, or None."""
         return choose_template(self.best, self._settings)
 
+    @property
+    def runs_in_work(self) -> list[RunRecord]:
+        """The runs that the engine has, those that are being stopped, too."""
+        return list(self._in_work.values())
+
+    @property
+    def has_work(self) -> bool:
+        """True while the engine has a run, or particles are clustered."""
+        clustering = None if self.last is None else self.last.clustering
+        return bool(self._in_work) or (clustering is not None and clustering.is_in_work)
+
+    # --- what is next --------------------------------------------------------------------------------
+
+    def propose(self, at: float, *, is_complete: bool) -> list[Event]:
+        """Return the events to commit now; `is_complete` tells that no particle can come any more."""
+        active = self.active
+        if active is None:
+            if not self._policy.enabled:
+                return []
+            due = self._find_due(is_complete=is_complete)
+            return (
+                []
+                if due is None
+                else [CampaignStarted(at=at, request=self._plan(due, is_complete=is_complete))]
+            )
+        if not self._policy.enabled:
+            return [self._end(at, active, "runs are switched off")]
+        step = find_next_step(active, self._policy)
+        if isinstance(step, Conclusion):
+            chosen = self.acceptance.choose(active, step.chosen)
+            return [
+                CampaignEnded(
+                    at=at,
+                    campaign_id=active.request.campaign_id,
+                    is_complete=True,
+                    accepted=chosen,
+                    reason=step.reason,
+                )
+            ]
+        due = self._find_due(is_complete=is_complete)
+        if due is not None:
+            now = self._standing(is_complete=is_complete)
+            precedence = find_precedence(due, now, active.request, self._policy)
+            if precedence is Precedence.AT_ONCE or (
+                precedence is Precedence.AFTER_RUN and not active.has_work
+            ):
+                return [self._end(at, active, f"superseded: {due.reason}")]
+            if precedence is Precedence.AFTER_RUN:
+                return []
+        if isinstance(step, ClusteringDraft):
+            return [ClusteringStarted(at=at, request=self._request_clustering(active, step))]
+        n_free = self._policy.max_parallel_runs - len(self._in_work)
+        drafts = step[: max(n_free, 0)]
+        return [
+            RunStarted(at=at, request=self._request_run(active, draft, len(self.runs) + 1 + i))
+            for i, draft in enumerate(drafts)
+        ]
+
+    def _find_due(self, *, is_complete: bool) -> Due | None:
+        last = self.last
+        now = self._standing(is_complete=is_complete)
+        due = find_due(now, None if last is None else last.request, self._policy)
+        if due is None or last is None or due.trigger is not CampaignTrigger.END:
+            return due
+        # The end asks for nothing that the last campaign does already, or has done.
+        is_repeat = (
+            (last.is_active or last.is_complete)
+            and is_same_work(self._plan(due, is_complete=is_complete), last.request)
+            and self._has_same_members(last)
+        )
+        return None if is_repeat else due
+
+    def _has_same_members(self, campaign: CampaignRecord) -> bool:
+        return (
+            campaign.members_version == self._books.version or campaign.members == self._books.list_members()
+        )
+
+    def _standing(self, *, is_complete: bool) -> Standing:
+        books, wishes, policy = self._books, self._wishes, self._policy
+        low, high = policy.bound_scores
+        accepted = self.acceptance.run
+        symmetry = wishes.symmetry or policy.symmetry
+        fresh = [
+            run.request.n_particles
+            for run in self.runs.values()
+            if run.result is not None and run.request.start_map is None and run.result.symmetry == symmetry
+        ]
+        return Standing(
+            n_particles=books.n_above_threshold,
+            n_at_bounds=(books.count_in_use(low), books.count_in_use(high)),
+            is_ranking_flat=books.is_ranking_flat,
+            n_lost=self._n_lost,
+            n_from_nothing=max(fresh, default=0),
+            score_threshold=books.score_threshold,
+            model_hash=books.model_hash,
+            is_every_score_current=books.is_every_score_current,
+            symmetry=symmetry,
+            mask_diameter_angstrom=wishes.mask_diameter_angstrom or policy.mask_diameter_angstrom,
+            is_forced=wishes.n_forced > self._n_forced_served,
+            is_complete=is_complete,
+            accepted=None if accepted is None else accepted.run_id,
+            is_accepted_current=accepted is not None
+            and accepted.result is not None
+            and accepted.result.symmetry == symmetry,
+        )
+
+    def _plan(self, due: Due, *, is_complete: bool) -> CampaignRequest:
+        now = self._standing(is_complete=is_complete)
+        campaign_id = CampaignId(f"campaign{len(self.campaigns) + 1:03d}")
+        last = None if self.last is None else self.last.request
+        return plan_campaign(due, now, last, campaign_id, self._policy)
+
+    @staticmethod
+    def _end(at: float, campaign: CampaignRecord, reason: str) -> CampaignEnded:
+        return CampaignEnded(
+            at=at, campaign_id=campaign.request.campaign_id, is_complete=False, accepted=None, reason=reason
+        )
+
+    @staticmethod
+    def _request_run(campaign: CampaignRecord, draft: RunDraft, number: int) -> RunRequest:
+        request = campaign.request
+        return RunRequest(
+            run_id=RunId(f"run{number:03d}"),
+            campaign_id=request.campaign_id,
+            purpose=draft.purpose,
+            subset=draft.subset,
+            n_particles=draft.n_particles,
+            model_hash=request.model_hash,
+            symmetry=request.symmetry,
+            mask_diameter_angstrom=request.mask_diameter_angstrom,
+            start_map=draft.start_map,
+            warm_start=draft.warm_start,
+            compare_with=draft.compare_with,
+            reason=draft.reason,
+        )
+
+    @staticmethod
+    def _request_clustering(campaign: CampaignRecord, draft: ClusteringDraft) -> ClusteringRequest:
+        request = campaign.request
+        return ClusteringRequest(
+            clustering_id=ClusteringId(f"{request.campaign_id}-clusters"),
+            campaign_id=request.campaign_id,
+            model_hash=request.model_hash,
+            subset=draft.subset,
+            n_clusters=draft.n_clusters,
+            reason=draft.reason,
+        )
+
+    # --- what happened -------------------------------------------------------------------------------
+
+    def start_campaign(self, event: CampaignStarted) -> None:
+        """Freeze the exposures that the campaign's runs are of."""
+        request, members = event.request, self._books.list_members()
+        held = self.acceptance.run
+        self.campaigns[request.campaign_id] = CampaignRecord(
+            request=request,
+            members=members,
+            members_version=self._books.version,
+            accepted_before=None if held is None else held.run_id,
+        )
+        self._last_members, self._n_lost = frozenset(m.exposure_id for m in members), 0
+        self._n_forced_served = self._wishes.n_forced
+        self._decisions.add(event.at, f"start {describe_campaign(request)}", request.reason)
+
+    def end_campaign(self, event: CampaignEnded) -> list[Command]:
+        """Close a campaign; what the engine still does for it is stopped."""
+        campaign = self.campaigns.get(event.campaign_id)
+        if campaign is None or not campaign.is_active:
+            return []
+        campaign.is_active, campaign.is_complete, campaign.verdict = False, event.is_complete, event.reason
+        self._decisions.add(event.at, f"end {event.campaign_id}", event.reason)
+        template = self.template
+        if event.accepted is not None:
+            self.acceptance.take_choice(event.at, event.accepted, f"the choice of {event.campaign_id}")
+        self._tell_template(event.at, template)
+        if campaign.clustering is not None and campaign.clustering.is_in_work:
+            campaign.clustering.failure = event.reason
+        commands: list[Command] = []
+        for run in campaign.runs:
+            if run.state is RunState.RUNNING:
+                run.state = RunState.CANCELLING
+                commands.append(CancelRun(run_id=run.run_id, reason=event.reason))
+        return commands
+
+    def start_run(self, event: RunStarted) -> list[Command]:
+        """Take note of a run, and ask the engine for it."""
+        request = event.request
+        campaign = self.campaigns.get(request.campaign_id)
+        if campaign is None or not campaign.is_active or request.run_id in self.runs:
+            raise InvariantError(
+                request.run_id, "a run is started once, by a campaign in work", request.reason
+            )
+        record = RunRecord(request=request)
+        self.runs[request.run_id] = self._in_work[request.run_id] = record
+        campaign.runs.append(record)
+        start = "from nothing" if request.start_map is None else f"from the map of {request.start_map}"
+        self._decisions.add(event.at, f"start {request.run_id} {start}", request.reason)
+        return [StartRun(request=request, members=campaign.members)]
+
+    def start_clustering(self, event: ClusteringStarted) -> list[Command]:
+        """Take note of a clustering, and ask for it."""
+        request = event.request
+        campaign = self.campaigns.get(request.campaign_id)
+        if campaign is None or not campaign.is_active or campaign.clustering is not None:
+            raise InvariantError(
+                request.clustering_id, "a campaign in work clusters its particles once", request.reason
+            )
+        campaign.clustering = ClusteringRecord(request=request)
+        self._decisions.add(
+            event.at, f"divide the particles of {request.campaign_id} by view", request.reason
+        )
+        return [ClusterParticles(request=request, members=campaign.members)]
+
+    def take_result(self, at: float, result: RunResult) -> None:
+        """Take the result of a run in work; a late or double one is dropped."""
+        record = self._in_work.pop(result.run_id, None)
+        if record is None:
+            return
+        template = self.template
+        record.state, record.result = RunState.ENDED, without_nan(result)
+        record.verdict = describe_verdict(record.result, self._policy)
+        self._decisions.add(at, f"judge {result.run_id}", record.verdict)
+        self._compare(at, record)
+        self.acceptance.offer(at, record, self._wishes.symmetry or self._policy.symmetry)
+        self._tell_template(at, template)
+
+    def take_failure(self, at: float, run_id: RunId, reason: str, state: RunState) -> None:
+        """Take note that a run in work failed or was stopped; its campaign goes on without it."""
+        record = self._in_work.pop(run_id, None)
+        if record is None:
+            return
+        record.state, record.verdict = state, f"{state.value}: {reason}"
+        self._decisions.add(at, f"do without {run_id}", record.verdict)
+
+    def take_clusters(self, event: ParticlesClustered) -> None:
+        """Take the sizes of the clusters."""
+        clustering = self._find_clustering(event.result.clustering_id)
+        if clustering is None:
+            return
+        clustering.result = event.result
+        words = describe_clustering(event.result, self._policy.cluster_min_particles)
+        self._decisions.add(event.at, f"take {event.result.clustering_id}", words)
+
+    def take_clustering_failure(self, event: ClusteringFailed) -> None:
+        """Take note that the particles cannot be divided."""
+        clustering = self._find_clustering(event.clustering_id)
+        if clustering is None:
+            return
+        clustering.failure = event.reason
+        self._decisions.add(event.at, f"do without {event.clustering_id}", event.reason)
+
+    def review(self, at: float, before: RunResult | None) -> None:
+        """Tell when a person's word has changed the accepted map; `before` is what it was."""
+        now = self.best
+        if now != before:
+            what = "no map is accepted" if now is None else f"accept {now.run_id}"
+            self._decisions.add(at, what, "a person's word")
+
     def count_losses(self) -> None:
-        """Count anew which particles of the last run that started are rejected now."""
+        """Count anew which particles of the last campaign are rejected now."""
         records = (self._books.records[i] for i in self._last_members)
         self._n_lost = sum(self._books.count_above(r) for r in records if r.state is ExposureState.REJECTED)
 
-    def request_if_due(self, at: float) -> None:
-        """Queue a run when the particles have grown enough, or too many of the last run's were rejected."""
-        n, n_last = self._books.n_above_threshold, self._n_last_requested()
-        reason = find_reason_to_run(n, n_last, self._settings)
-        if reason is None and self.queued is None:
-            reason = find_reason_to_rerun(self._n_lost, n, n_last, self._settings)
-        if reason:
-            self._request(at, reason)
+    def reopen(self) -> list[Command]:
+        """Return what has to be asked for again: the engine died with the service."""
+        commands: list[Command] = []
+        for run in self.runs_in_work:
+            campaign = self.campaigns[run.request.campaign_id]
+            if run.state is RunState.CANCELLING or not self._policy.enabled:
+                run.state, run.verdict = RunState.CANCELLED, "cancelled: the service ended"
+                del self._in_work[run.run_id]
+            else:
+                commands.append(StartRun(request=run.request, members=campaign.members))
+        active = self.active
+        if active is not None and active.clustering is not None and active.clustering.is_in_work:
+            if self._policy.enabled:
+                commands.append(ClusterParticles(request=active.clustering.request, members=active.members))
+            else:
+                active.clustering.failure = "runs are switched off"
+        return commands
 
-    def request_last_if_due(self, at: float) -> None:
-        """Queue the run that uses everything, once no more particles can come."""
-        if self.queued is not None or self.active is not None:
+    def check(self) -> None:
+        """Raise `InvariantError` when campaigns and runs contradict each other."""
+        active = [c.request.campaign_id for c in self.campaigns.values() if c.is_active]
+        if len(active) > 1 or (active and active[0] != next(reversed(self.campaigns))):
+            raise InvariantError("campaigns", "at most the last one is in work", ", ".join(active))
+        for campaign in self.campaigns.values():
+            if not campaign.is_active and any(r.state is RunState.RUNNING for r in campaign.runs):
+                raise InvariantError(
+                    campaign.request.campaign_id, "a closed campaign runs nothing", campaign.verdict
+                )
+            sides: dict[ExposureId, int] = {}
+            for member in campaign.members:
+                if sides.setdefault(member.exposure_id, member.half_set) != member.half_set:
+                    raise InvariantError(
+                        member.name, "an exposure is in one half", campaign.request.campaign_id
+                    )
+        for run in self.runs.values():
+            if (run.state is RunState.ENDED) != (run.result is not None):
+                raise InvariantError(run.run_id, "a run has a result when it ended", run.verdict)
+            if (run.state in IN_WORK) != (run.run_id in self._in_work):
+                raise InvariantError(run.run_id, "a run in work has no outcome yet", run.verdict)
+
+    def _find_clustering(self, clustering_id: ClusteringId) -> ClusteringRecord | None:
+        clustering = None if self.last is None else self.last.clustering
+        if (
+            clustering is None
+            or clustering.request.clustering_id != clustering_id
+            or not clustering.is_in_work
+        ):
+            return None
+        return clustering
+
+    def _compare(self, at: float, record: RunRecord) -> None:
+        """Tell what a run from nothing says about the continued one, and what came of a forecast."""
+        other = None if record.request.compare_with is None else self.runs.get(record.request.compare_with)
+        if record.result is not None and other is not None and other.result is not None:
+            what = f"compare {record.run_id} with {other.run_id}, which continued an earlier map"
+            self._decisions.add(at, what, describe_comparison(record.result, other.result))
+        if record.result is None or record.request.purpose is not RunPurpose.UNION:
             return
-        n = self._books.n_above_threshold
-        if reason := find_reason_for_final_run(n, self._n_last_requested(), self._settings):
-            self._request(at, reason)
+        forecast = find_forecast(self.campaigns[record.request.campaign_id], self._policy)
+        if forecast is not None:
+            words = describe_forecast(forecast[1], record.result)
+            self._decisions.add(at, f"compare {record.run_id} with what was foretold", words)
 
-    def start(self, at: float) -> list[StartRun]:
-        """Start the queued run when the engine is free."""
-        if self.queued is None or self.active is not None:
-            return []
-        request, self.queued = self.queued, None
-        record, n_now = self.runs[request.run_id], self._books.n_above_threshold
-        if n_now < request.n_particles:
-            # Exposures were rejected while the run waited.
-            record.request = request = replace(request, n_particles=n_now)
-            if n_now < self._settings.final_run_min_particles:
-                record.state, record.verdict = RunState.SUPERSEDED, "too few particles were left to start it"
-                self._decisions.add(at, f"drop {request.run_id}", f"only {n_now} particles are left")
-                return []
-        members = self._books.list_members()
-        self.active = StartRun(request=request, members=members)
-        self._last_members, self._n_lost = frozenset(m.exposure_id for m in members), 0
-        record.state = RunState.RUNNING
-        start = f"warm start from {request.warm_start}" if request.warm_start else "from nothing"
-        self._decisions.add(at, f"start {request.run_id} {start}", request.reason)
-        return [self.active]
-
-    def take_result(self, at: float, result: RunResult) -> None:
-        """Take the result of the run in work; a late or double one is dropped."""
-        if self.active is None or self.active.request.run_id != result.run_id:
-            return
-        self.active = None
-        record, template = self.runs[result.run_id], self.template
-        record.state, record.result = RunState.ENDED, result
-        record.verdict = describe_verdict(result, self._settings)
-        self._decisions.add(at, f"judge {result.run_id}", record.verdict)
-        if self.template != template:
+    def _tell_template(self, at: float, before: RunId | None) -> None:
+        if self.template != before:
             rule = f"its map has reached {self._settings.template_min_resolution_angstrom:g} Å"
             self._decisions.add(at, f"pick new micrographs with templates of {self.template}", rule)
-
-    def take_failure(self, at: float, run_id: RunId, reason: str) -> None:
-        """Take note that the run in work failed; the next rung tries again."""
-        if self.active is None or self.active.request.run_id != run_id:
-            return
-        self.active = None
-        record = self.runs[run_id]
-        record.state, record.verdict = RunState.FAILED, f"failed: {reason}"
-        self._decisions.add(at, f"give up {run_id}", reason)
-
-    def _n_last_requested(self) -> int | None:
-        """Return the size of the last set that a run was asked for; a failed run waits for more particles, too."""
-        runs = [r for r in self.runs.values() if r.state is not RunState.SUPERSEDED]
-        return runs[-1].request.n_particles if runs else None
-
-    def _request(self, at: float, reason: str) -> None:
-        if not self._settings.runs_enabled:
-            return
-        n = self._books.n_above_threshold
-        run_id = RunId(f"run{len(self.runs) + 1:03d}")
-        request = RunRequest(
-            run_id=run_id,
-            campaign_id=CampaignId(f"campaign{len(self.runs) + 1:03d}"),
-            purpose=RunPurpose.UPDATE,
-            subset=ParticleSubset(score_threshold=self._settings.score_threshold),
-            n_particles=n,
-            model_hash=self._books.model_hash,
-            symmetry="C1",
-            mask_diameter_angstrom=None,
-            start_map=None,
-            warm_start=choose_warm_start(list(self.runs.values()), n, self._settings),
-            compare_with=None,
-            reason=reason,
-        )
-        if self.queued is not None:
-            older = self.runs[self.queued.run_id]
-            older.state, older.verdict = RunState.SUPERSEDED, f"superseded by {run_id} before it started"
-            self._decisions.add(at, f"drop {older.request.run_id}", f"{run_id} has more particles")
-        self.queued = request
-        self.runs[run_id] = RunRecord(request=request, state=RunState.QUEUED)
-        self._decisions.add(at, f"queue {run_id}", reason)

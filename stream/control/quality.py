@@ -14,6 +14,9 @@ from stream.records.values import PreprocessResult, QualityLimits
 OVERRULED = "overruled"
 """The rule that is named when a person rejected the exposure."""
 
+EXCLUDED = "excluded_time"
+"""The rule that is named when a person excluded the time at which the exposure was taken."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QualityFigures:

@@ -157,10 +157,14 @@ class CampaignStarted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CampaignEnded:
-    """A campaign has nothing left to do, or is given up; `accepted` is the run whose map it chose, if any."""
+    """A campaign has nothing left to do, or (not `is_complete`) is given up.
+
+    `accepted` is the run whose map is the accepted one from now on; None leaves it as it was.
+    """
 
     at: float
     campaign_id: CampaignId
+    is_complete: bool
     accepted: RunId | None
     reason: str
 

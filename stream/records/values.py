@@ -267,8 +267,10 @@ class ParticleSubset:
 class CampaignRequest:
     """A row of engine runs on one set of exposures, with every number that its runs are derived from.
 
-    `n_particles` is k, the number above `score_threshold`. `search_sizes` are the sizes of the runs from nothing.
-    `count_range` are the counts at the two scores that bound the search by turns (None with nested parts).
+    `n_particles` is k, the number above `score_threshold`. `start_map` and `warm_start` are those of the run that
+    continues the accepted map (None = no such run). `search_sizes` are the sizes of the runs from nothing (empty =
+    none); `n_parts` counts the nested parts of the sweep, `turns` and `count_range` are the numbers of runs and
+    the least and greatest count of a search by turns (empty and None with nested parts).
     """
 
     campaign_id: CampaignId
@@ -280,8 +282,11 @@ class CampaignRequest:
     model_hash: str
     symmetry: str
     mask_diameter_angstrom: float | None
+    start_map: RunId | None
+    warm_start: RunId | None
     search_sizes: tuple[int, ...]
     n_parts: int
+    turns: tuple[int, ...]
     count_range: tuple[int, int] | None
     reason: str
 

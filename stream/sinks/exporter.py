@@ -17,12 +17,20 @@ from typing import Any
 import mrcfile
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from stream.records.commands import RunMember
 from stream.records.errors import InputError
-from stream.records.values import Optics, RunId
+from stream.records.values import Optics, ParticleSubset, RunId
 from stream.sinks.cryosparc_cs import MicrographPlace, write_particles_cs
-from stream.sinks.particle_table import annotate, concatenate, join_poses, select_above
+from stream.sinks.particle_table import (
+    annotate,
+    concatenate,
+    join_poses,
+    select_above,
+    select_best,
+    select_uids,
+)
 from stream.sinks.relion_star import (
     UID_COLUMN,
     ParticleStar,
@@ -33,6 +41,7 @@ from stream.sinks.relion_star import (
     write_particles_star,
 )
 from stream.store.feature_cache import FeatureCache
+from stream.store.files import replacing
 from stream.store.layout import OutputLayout
 
 log = logging.getLogger(__name__)
@@ -114,18 +123,54 @@ def export_session(
 
 
 def write_run_input(
-    layout: OutputLayout, members: Sequence[RunMember], model_hash: str, score_threshold: float, path: Path
+    layout: OutputLayout, members: Sequence[RunMember], model_hash: str, subset: ParticleSubset, path: Path
 ) -> int:
-    """Write the engine's input STAR, the particles above the threshold; return how many they are.
+    """Write the engine's input STAR, the particles of the subset; return how many they are.
 
-    Image paths are relative to the output folder. One exposure's table is in memory with what was selected.
+    Image paths are relative to the output folder.
     """
-    tables = [select_above(table, score_threshold) for _, table in _read_members(layout, members, model_hash)]
-    if not tables:
-        raise InputError(path, "a run has at least one exposure with particles", f"{len(members)} exposures")
-    star = concatenate(tables)
+    star = read_subset(layout, members, model_hash, subset)
     write_particles_star(path, star.particles, star.optics)
     return len(star.particles)
+
+
+def read_subset(
+    layout: OutputLayout, members: Sequence[RunMember], model_hash: str, subset: ParticleSubset
+) -> ParticleStar:
+    """Return the members' particles that a subset holds, with half-set and score, in the members' order.
+
+    One exposure's table is in memory with what was selected. Ranks go over all members; equal scores are
+    ranked by uid, so that the same particles are chosen whatever the members' order.
+    """
+    tables = [
+        select_above(table, subset.score_threshold) for _, table in _read_members(layout, members, model_hash)
+    ]
+    if not tables:
+        raise InputError("particles", "at least one exposure has particles", f"{len(members)} exposures")
+    star = concatenate(tables)
+    if subset.top is not None:
+        star = select_best(star, subset.top)
+    if subset.clusters and subset.clustering is not None:
+        labels = layout.cluster_labels(subset.clustering)
+        uids, numbers = read_labels(labels)
+        star = select_uids(star, uids[np.isin(numbers, subset.clusters)])
+    return star
+
+
+def write_labels(path: Path, uids: NDArray[np.uint64], labels: NDArray[np.int16]) -> None:
+    """Write which cluster each particle is in."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary, temporary.open("wb") as stream:
+        np.savez(stream, uids=uids, labels=labels)
+
+
+def read_labels(path: Path) -> tuple[NDArray[np.uint64], NDArray[np.int16]]:
+    """Return (uids, labels) of a clustering, or raise `InputError` that names the file."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return arrays["uids"].astype(np.uint64), arrays["labels"].astype(np.int16)
+    except (OSError, KeyError, ValueError) as error:
+        raise InputError(path, "a clustering has its labels beside it", error) from error
 
 
 def _read_members(

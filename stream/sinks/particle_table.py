@@ -35,6 +35,22 @@ def select_above(star: ParticleStar, threshold: float) -> ParticleStar:
     return replace(star, particles=star.particles[is_above])
 
 
+def select_best(star: ParticleStar, n_particles: int) -> ParticleStar:
+    """Return the `n_particles` of greatest score, equal scores by ascending uid; the order stays."""
+    if len(star.particles) <= n_particles:
+        return star
+    scores = star.particles[SCORE_COLUMN].to_numpy(np.float64)
+    uids = star.particles[UID_COLUMN].to_numpy(np.uint64)
+    chosen = np.sort(np.lexsort((uids, -scores))[:n_particles])
+    return replace(star, particles=star.particles.iloc[chosen].reset_index(drop=True))
+
+
+def select_uids(star: ParticleStar, uids: NDArray[np.uint64]) -> ParticleStar:
+    """Return the particles with one of these uids; the order stays."""
+    is_wanted = np.isin(star.particles[UID_COLUMN].to_numpy(np.uint64), uids)
+    return replace(star, particles=star.particles[is_wanted].reset_index(drop=True))
+
+
 def concatenate(stars: Sequence[ParticleStar]) -> ParticleStar:
     """Return all particles in order, with the optics groups of all tables, equal ones counted once."""
     if not stars:

@@ -21,7 +21,8 @@ import msgspec
 from stream.records.errors import ConfigurationError, InvariantError, ResourceError
 from stream.records.events import Event
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""2: runs are events. Journals of schema 1 told runs only by their results, and half-sets by the order of arrival."""
 _EVENT_TYPES = {event_type.__name__: event_type for event_type in get_args(Event)}
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS events (
@@ -94,6 +95,7 @@ def read_journal(path: Path) -> Iterator[Event]:
     try:
         # A service that is just starting has made the file and not yet the table.
         if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'events'").fetchone():
+            _check_schema(connection, path)
             yield from _read_events(connection, path)
     except sqlite3.DatabaseError as error:
         raise ConfigurationError(path, f"the journal must be a readable SQLite file: {error}") from error
@@ -106,12 +108,23 @@ def _connect(path: Path) -> sqlite3.Connection:
     connection.execute("PRAGMA journal_mode=WAL")
     connection.execute("PRAGMA synchronous=FULL")
     connection.executescript(_SCHEMA)
-    version = connection.execute("PRAGMA user_version").fetchone()[0]
-    if version not in (0, SCHEMA_VERSION):
+    try:
+        _check_schema(connection, path)
+    except ConfigurationError:
         connection.close()
-        raise ConfigurationError(path, f"this version reads journals of schema {SCHEMA_VERSION}", version)
+        raise
     connection.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
     return connection
+
+
+def _check_schema(connection: sqlite3.Connection, path: Path) -> None:
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    if version not in (0, SCHEMA_VERSION):
+        rule = (
+            f"this version reads journals of schema {SCHEMA_VERSION}: go on with the version that wrote it, or "
+            "process its input anew into another folder"
+        )
+        raise ConfigurationError(path, rule, f"schema {version}")
 
 
 def _read_events(connection: sqlite3.Connection, path: Path) -> Iterator[Event]:

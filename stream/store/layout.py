@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from stream.records.values import RunId
+from stream.records.values import ClusteringId, RunId
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +89,14 @@ class OutputLayout:
     def run(self, run_id: RunId) -> Path:
         """The folder of one engine run."""
         return self.root / "runs" / run_id
+
+    def clustering(self, clustering_id: ClusteringId) -> Path:
+        """The folder of one clustering of particles."""
+        return self.root / "clusters" / clustering_id
+
+    def cluster_labels(self, clustering_id: ClusteringId) -> Path:
+        """Which cluster each particle is in."""
+        return self.clustering(clustering_id) / "labels.npz"
 
     def relative(self, path: Path) -> str:
         """Return `path` relative to the output folder, with forward slashes."""

@@ -18,7 +18,9 @@ class RefusingEngine:
 
     name = "embedded"
 
-    def initial_model(self, source: EngineInput, settings: EngineSettings, out: Path) -> Path:
+    def initial_model(
+        self, source: EngineInput, settings: EngineSettings, out: Path, **_more: object
+    ) -> Path:
         assert source.particles_star == out / "particles.star"
         (out / "initial.json").write_text("{}")
         raise SeedRefused(source.particles_star, "the particles determine a map; they fit noise as well", 300)

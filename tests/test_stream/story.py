@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 from stream.control.controller import Controller
+from stream.control.settings import ControllerSettings
 from stream.records.commands import Command
 from stream.records.events import Event, ExposureFound, ExposurePreprocessed, ExposureRanked
 from stream.records.values import (
@@ -67,6 +69,8 @@ def preprocessed(name: str, n_particles: int = 60, **more: Any) -> ExposurePrepr
 def ranked(name: str, n_good: int = 60, n_bad: int = 0) -> ExposureRanked:
     histogram = [0] * 100
     histogram[80], histogram[10] = n_good, n_bad
+    if n_good > 1:  # two values, so that the scores rank something
+        histogram[80], histogram[90] = n_good - n_good // 2, n_good // 2
     result = RankResult(
         exposure_id=ExposureId(name),
         model_hash="m",
@@ -116,11 +120,32 @@ def moved(total: float, early: float = 1.0) -> MotionSummary:
 
 
 def play(controller: Controller, *events: Event) -> list[Command]:
+    """Handle events and, after each, what the controller proposes; return the commands of the last one."""
     commands: list[Command] = []
     for event in events:
-        commands = controller.handle(event)
-        controller.check_invariants()
+        commands = tell(controller, event)[0]
     return commands
+
+
+def tell(controller: Controller, event: Event) -> tuple[list[Command], list[Event]]:
+    """Handle an event and all that the controller proposes; return the commands and what was committed."""
+    committed, commands, pending = list[Event](), list[Command](), [event]
+    while pending:
+        for one in pending:
+            commands += controller.handle(one)
+            committed.append(one)
+            controller.check_invariants()
+        pending = controller.propose(event.at)
+        assert len(committed) < 100, "the controller proposes for ever"
+    return commands, committed
+
+
+def replay(settings: ControllerSettings, log: Iterable[Event]) -> Controller:
+    """Return a controller that has handled a journal's events, and proposed nothing."""
+    controller = Controller(settings)
+    for event in log:
+        controller.handle(event)
+    return controller
 
 
 def rank_one(controller: Controller, name: str, n_good: int) -> list[Command]:

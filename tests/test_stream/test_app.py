@@ -175,7 +175,7 @@ def make_settings(folder: Path, **runtime: int) -> SessionSettings:
         "out": folder / "out",
         "microscope": {"voltage_kv": 300, "cs_mm": 2.7},
         "acquisition": {"pixel_size_angstrom": 1.0, "dose_e_per_angstrom2": 30},
-        "policy": {"first_run_particles": 100, "final_run_min_particles": 50},
+        "policy": {"rungs": [100], "final_min_particles": 50},
         "runtime": {"preprocess_workers": 2, "min_free_disk_bytes": 0, **runtime},
     }
     return parse_settings(document, item="test")

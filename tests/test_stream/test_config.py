@@ -64,8 +64,19 @@ def test_the_written_session_has_every_default_and_reads_back_equal(tmp_path: Pa
         (changed(micrographs="m"), "exactly one of movies, micrographs, particles.*movies, micrographs"),
         (changed(engine={"symmetry": "X4"}), "engine.symmetry.*X4"),
         (
-            changed(policy={"first_run_particles": 100, "final_run_min_particles": 500}),
-            "final_run_min_particles is at most",
+            changed(policy={"rungs": [100, 500], "final_min_particles": 500}),
+            "final_min_particles is at most the first of the rungs",
+        ),
+        (changed(policy={"rungs": [500, 200]}), "rungs ascend"),
+        (changed(policy={"rungs": []}), "policy.rungs"),
+        (changed(policy={"full_rungs": [1000]}), "full_rungs are at least full_min_particles"),
+        (changed(policy={"search_sizes": [500, 500]}), "search_sizes differ"),
+        (changed(policy={"bound_scores": [0.1, 0.8]}), "bound_scores are the upper one first"),
+        (changed(policy={"cluster_min_particles": 4000}), "at least twice cluster_min_particles"),
+        (changed(policy={"cfar_bound": 15}), "policy.cfar_bound.*not per cent.*15"),
+        (
+            changed(policy={"first_run_particles": 100}),
+            "first_run_particles is now the first of policy.rungs",
         ),
         ({k: v for k, v in GOOD.items() if k != "microscope"}, "microscope is missing"),
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import mrcfile
@@ -14,14 +15,15 @@ import starfile
 from stream.records.commands import RunMember
 from stream.records.errors import InputError
 from stream.records.particles import derive_particle_uid
-from stream.records.values import ExposureId, Optics, RunId
+from stream.records.values import ClusteringId, ExposureId, Optics, ParticleSubset, RunId
 from stream.sinks import relion_star
-from stream.sinks.exporter import export_session, write_run_input
+from stream.sinks.exporter import export_session, write_labels, write_run_input
 from stream.sinks.particle_table import concatenate, join_poses, match_uids
 from stream.store.feature_cache import FeatureCache
 from stream.store.layout import OutputLayout
 
 MODEL = "model"
+ABOVE_HALF = ParticleSubset(score_threshold=0.5)
 N_EACH = 6
 
 
@@ -144,7 +146,7 @@ def test_micrographs_have_their_fit_and_count(tmp_path: Path):
 def test_run_input_holds_what_is_above_the_threshold_with_halves_and_scores(tmp_path: Path):
     layout, members = make_session(tmp_path)
     path = tmp_path / "runs" / "r1" / "particles.star"
-    assert write_run_input(layout, members, MODEL, 0.5, path) == 6
+    assert write_run_input(layout, members, MODEL, ABOVE_HALF, path) == 6
     particles = relion_star.read_particles_star(path).particles
     np.testing.assert_allclose(particles["icestreamScore"], [0.7, 0.9] * 3, atol=1e-6)
     assert particles["rlnRandomSubset"].tolist() == [2, 2, 1, 1, 2, 2]
@@ -152,9 +154,36 @@ def test_run_input_holds_what_is_above_the_threshold_with_halves_and_scores(tmp_
         "000004@particles/exp 0.mrcs",
         "000005@particles/exp 0.mrcs",
     ]
-    assert write_run_input(layout, members[:1], MODEL, 0.9, path) == 0, (
+    assert write_run_input(layout, members[:1], MODEL, replace(ABOVE_HALF, score_threshold=0.9), path) == 0, (
         "a score equal to the threshold is not above"
     )
+
+
+def test_the_best_of_all_exposures_are_chosen_in_any_order_of_them_with_ties_by_uid(tmp_path: Path):
+    layout, members = make_session(tmp_path)
+    path, best = tmp_path / "p.star", replace(ABOVE_HALF, top=4)
+    chosen = []
+    for order in (members, members[::-1]):
+        assert write_run_input(layout, order, MODEL, best, path) == 4
+        particles = relion_star.read_particles_star(path).particles
+        np.testing.assert_allclose(sorted(particles["icestreamScore"]), [0.7, 0.9, 0.9, 0.9], atol=1e-6)
+        chosen.append(sorted(particles["icestreamUid"]))
+    assert chosen[0] == chosen[1]
+    tied = [derive_particle_uid(ExposureId(f"id{i}"), 3) for i in range(3)]
+    assert min(tied) in chosen[0]
+    assert write_run_input(layout, members, MODEL, replace(ABOVE_HALF, top=100), path) == 6
+
+
+def test_a_cluster_holds_its_labels_particles_and_a_clustering_without_labels_is_named(tmp_path: Path):
+    layout, members = make_session(tmp_path)
+    clustering, path = ClusteringId("campaign001-clusters"), tmp_path / "p.star"
+    subset = replace(ABOVE_HALF, clustering=clustering, clusters=(1, 2))
+    with pytest.raises(InputError, match=r"labels\.npz"):
+        write_run_input(layout, members, MODEL, subset, path)
+    uids = np.array([derive_particle_uid(ExposureId("id0"), i) for i in (2, 3, 4)], np.uint64)
+    write_labels(layout.cluster_labels(clustering), uids, np.array([1, 1, 0], np.int16))
+    assert write_run_input(layout, members, MODEL, subset, path) == 1, "above 0.5 and in cluster 1 or 2"
+    assert relion_star.read_particles_star(path).particles["icestreamUid"].tolist() == [uids[1]]
 
 
 def test_a_run_selects_its_particles_and_gives_them_their_poses_by_uid(tmp_path: Path):
@@ -175,7 +204,7 @@ def test_a_run_selects_its_particles_and_gives_them_their_poses_by_uid(tmp_path:
 def test_an_exposure_without_particles_is_passed_over(tmp_path: Path):
     layout, members = make_session(tmp_path)
     empty = RunMember(exposure_id=ExposureId("none"), name="none", half_set=1)
-    assert write_run_input(layout, [*members, empty], MODEL, 0.5, tmp_path / "p.star") == 6
+    assert write_run_input(layout, [*members, empty], MODEL, ABOVE_HALF, tmp_path / "p.star") == 6
     result = export_session(layout, [empty], model_hash=MODEL)
     assert (result.particles_star, result.n_particles) == (None, 0)
 
@@ -184,7 +213,7 @@ def test_a_stack_whose_table_is_gone_is_an_error_and_not_an_empty_exposure(tmp_p
     layout, members = make_session(tmp_path)
     layout.particles_table("exp 1").unlink()
     with pytest.raises(InputError, match=r"exp 1\.star"):
-        write_run_input(layout, members, MODEL, 0.5, tmp_path / "p.star")
+        write_run_input(layout, members, MODEL, ABOVE_HALF, tmp_path / "p.star")
 
 
 def test_a_session_of_particles_alone_exports_without_micrographs(tmp_path: Path):

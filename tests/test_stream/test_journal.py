@@ -131,6 +131,17 @@ def test_an_event_of_another_version_stops_the_replay(tmp_path: Path) -> None:
             list(journal.replay())
 
 
+def test_a_journal_of_an_earlier_schema_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    path = tmp_path / "journal.sqlite"
+    with Journal(path) as journal:
+        journal.append(EVENTS)
+        journal._connection.execute("PRAGMA user_version=1")
+    with pytest.raises(ConfigurationError, match=r"process its input anew.*schema 1"):
+        Journal(path)
+    with pytest.raises(ConfigurationError, match="go on with the version that wrote it"):
+        list(read_journal(path))
+
+
 def test_a_journal_that_is_just_being_made_has_no_events_yet(tmp_path: Path) -> None:
     (tmp_path / "journal.sqlite").touch()
     assert list(read_journal(tmp_path / "journal.sqlite")) == []

@@ -1,0 +1,104 @@
+"""Preferred orientation: no run from nothing passes the cFAR bound, so the particles are divided by view.
+
+A union of clusters that the sums of a search run foretell to pass is tried first, because it costs one refinement;
+only where there is none, or where it does not keep what was foretold, each cluster gets an initial model
+and a refinement. Of what passes the best resolution is the map that everything is refined against.
+
+Clusters under `cluster_min_particles` are left out; with fewer than two such clusters' worth of particles there
+is nothing to divide. A clustering that fails (no features, say) ends the branch.
+"""
+
+from __future__ import annotations
+
+from stream.control.campaign import CampaignRecord, ClusteringDraft, RunDraft, Step, list_passed, subset_of
+from stream.control.runs import choose_best, find_cfar_bound
+from stream.control.settings import RunPolicy
+from stream.records.values import ParticleSubset, RunPurpose, RunResult, UnionForecast
+
+FROM_BRANCH = (RunPurpose.UNION, RunPurpose.CLUSTER)
+
+
+def list_branch_step(campaign: CampaignRecord, policy: RunPolicy) -> Step | None:
+    """Return the branch's next step, None when it has nothing left to try."""
+    union = _draft_union(campaign, policy)
+    if union is not None:
+        if (missing := campaign.list_missing([union])) is not None:
+            return missing
+        if list_passed(campaign.list_results(RunPurpose.UNION), policy):
+            return None
+    request = campaign.request
+    if request.n_particles < 2 * policy.cluster_min_particles:
+        return None
+    if campaign.clustering is None:
+        return ClusteringDraft(
+            subset=subset_of(request, policy.n_clusters * max(policy.search_sizes)),
+            n_clusters=policy.n_clusters,
+            reason=f"no run from nothing reaches the cFAR bound of {policy.cfar_bound:g}: preferred orientation",
+        )
+    if campaign.clustering.is_in_work:
+        return ()
+    return campaign.list_missing(list_cluster_runs(campaign, policy))
+
+
+def choose_cluster_map(campaign: CampaignRecord, policy: RunPolicy) -> RunResult | None:
+    """Return the best of the branch's maps that pass, or None."""
+    return choose_best(list_passed(campaign.list_results(*FROM_BRANCH), policy))
+
+
+def list_cluster_runs(campaign: CampaignRecord, policy: RunPolicy) -> list[RunDraft]:
+    """Return one run from nothing for each cluster that is large enough."""
+    clustering = campaign.clustering
+    if clustering is None or clustering.result is None:
+        return []
+    request, subset = clustering.request, clustering.request.subset
+    return [
+        RunDraft(
+            purpose=RunPurpose.CLUSTER,
+            subset=ParticleSubset(
+                score_threshold=subset.score_threshold,
+                top=subset.top,
+                clustering=request.clustering_id,
+                clusters=(label,),
+            ),
+            n_particles=size,
+            reason=f"cluster {label + 1} of {len(clustering.result.sizes)}, {size} particles, from nothing",
+        )
+        for label, size in enumerate(clustering.result.sizes)
+        if size >= policy.cluster_min_particles
+    ]
+
+
+def find_forecast(campaign: CampaignRecord, policy: RunPolicy) -> tuple[RunResult, UnionForecast] | None:
+    """Return the search run whose sums foretell a union that passes, the finest one, or None."""
+    results = campaign.list_results(RunPurpose.INITIAL, RunPurpose.REBUILD)
+    foretold = [(r, r.union) for r in results if r.union is not None and _would_pass(r, r.union, policy)]
+    return min(foretold, key=lambda pair: pair[1].resolution_angstrom or float("inf"), default=None)
+
+
+def _would_pass(run: RunResult, forecast: UnionForecast, policy: RunPolicy) -> bool:
+    if forecast.cfar is None or forecast.resolution_angstrom is None or not forecast.clusters:
+        return False
+    return (
+        forecast.cfar >= find_cfar_bound(run, policy) and forecast.n_particles >= policy.cluster_min_particles
+    )
+
+
+def _draft_union(campaign: CampaignRecord, policy: RunPolicy) -> RunDraft | None:
+    found = find_forecast(campaign, policy)
+    if found is None:
+        return None
+    run, forecast = found
+    source = next(r.request.subset for r in campaign.runs if r.run_id == run.run_id)
+    names = ", ".join(str(label + 1) for label in forecast.clusters)
+    return RunDraft(
+        purpose=RunPurpose.UNION,
+        subset=ParticleSubset(
+            score_threshold=source.score_threshold,
+            top=source.top,
+            clustering=forecast.clustering,
+            clusters=forecast.clusters,
+        ),
+        n_particles=forecast.n_particles,
+        start_map=run.run_id,
+        reason=f"clusters {names} together: the sums of {run.run_id} foretell a cFAR of {forecast.cfar:.2f}",
+    )
