@@ -1,13 +1,16 @@
 """Is a seed worth building on? Held-out images must prefer its map to noise, and its shape to a featureless ball.
 
-Two paired tests on images that no start has seen, both in nats of log marginal likelihood (`online_em.evidence_of`):
+Two paired tests on images that no start has seen, both in nats of log marginal likelihood (`online_em.evidence_of`),
+and one on two maps:
 - **signal**: the images against themselves with their phases drawn anew. Noise has random phases anyway, so that for a
   set without particles the two are exchangeable whatever map the search came up with.
 - **shape**: the map against its own average over all directions. Blobs of any kind (ice, carbon, aggregates) pass the
   first test; a ball explains most of them. With very many images this test tells the smallest difference, so that
   `shape_share` is reported beside it.
 
-What this does not see: a map that is wrong in a way that many images share (facts §2.2: reproducible and wrong).
+- **agreement**: some other start has come to the same map, up to rotation and hand. Wrong maps are wrong in many ways.
+
+What this does not see: a map that is wrong in a way that every start is (facts §2.2: reproducible and wrong).
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from models.reconstruction.alignment import align_volumes
 from models.reconstruction.online_em import EmResult, OnlineEmSettings, evidence_of, held_out_rows
 from models.reconstruction.particle_data import ParticleData
 from models.reconstruction.sufficient import ReconstructionGrid
@@ -29,6 +33,12 @@ MINIMUM_Z_SIGNAL = 4.0
 MINIMUM_Z_SHAPE = 5.0
 """Round blobs of mixed sizes reach 4.2 with 60 held-out images, particles of SNR 0.03 6.6 (README)."""
 
+MINIMUM_AGREEMENT = 0.8
+"""Mean shell correlation of two starts' maps; README has what right and wrong maps reach."""
+
+AGREEMENT_SHELLS = 9.0
+"""Shells compared: a 15° grid says little about finer ones."""
+
 ROUND_SHARE = 0.3
 """Below this share of the evidence in shape a set is round (apoferritin) or junk: worth a note, no ground to refuse."""
 
@@ -38,7 +48,10 @@ MINIMUM_HELD_OUT = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SeedAcceptance:
-    """Mean log evidence per held-out image (nats) of the map, of randomised images, of the ball; z of both differences."""
+    """Mean log evidence per held-out image (nats) of the map, of randomised images, of the ball; z of both differences.
+
+    `agreement` is the map's correlation with another start's, None where there was one start and nothing to compare.
+    """
 
     log_evidence: float
     log_evidence_noise: float
@@ -46,6 +59,7 @@ class SeedAcceptance:
     z_signal: float
     z_shape: float
     n_held_out: int
+    agreement: float | None = None
 
     @property
     def shape_share(self) -> float:
@@ -72,11 +86,28 @@ class SeedAcceptance:
                 f"held-out images fit the map no better than a featureless ball ({self.log_evidence:.2f} against "
                 f"{self.log_evidence_ball:.2f} nats per image, {self.z_shape:.1f} standard deviations)"
             )
+        if self.agreement is not None and self.agreement < MINIMUM_AGREEMENT:
+            return (
+                f"no second start came to the same map (correlation {self.agreement:.2f}, "
+                f"{MINIMUM_AGREEMENT} are needed): more particles or more starts may decide"
+            )
         return None
 
 
+def correlate_maps(a: EmResult, b: EmResult) -> float:
+    """Return the mean shell correlation of two maps after rotation, shift and hand that make it highest."""
+    # A pixel of 1 Å makes the box's side its shells' common numerator.
+    lowpass = a.volume.shape[0] / min(AGREEMENT_SHELLS, a.max_shell)
+    generator = torch.Generator().manual_seed(0)
+    return align_volumes(a.volume, b.volume, 1.0, generator=generator, lowpass_angstrom=lowpass).correlation
+
+
 def judge_seed(
-    data: ParticleData, result: EmResult, settings: OnlineEmSettings, generator: torch.Generator
+    data: ParticleData,
+    result: EmResult,
+    settings: OnlineEmSettings,
+    generator: torch.Generator,
+    agreement: float | None = None,
 ) -> SeedAcceptance:
     """Test a start's map on the images that it was not made from."""
     held = data.within(result.max_shell).take(held_out_rows(len(data), settings))
@@ -90,6 +121,7 @@ def judge_seed(
         z_signal=_z(result.evidence - noise),
         z_shape=_z(result.evidence - ball),
         n_held_out=len(held),
+        agreement=agreement,
     )
 
 

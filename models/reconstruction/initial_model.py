@@ -1,9 +1,10 @@
 """The initial model: several starts of the online EM, ranked by held-out likelihood, then symmetry.
 
 Starts differ in seed and, every second one, in the radius they begin with: dwelling at low resolution helps most
-structures and traps those that are nearly symmetric there. All of them search in C1. A point group is imposed
-afterwards on several candidate frames of the best maps, each polished by EM within the group, and again the
-held-out likelihood chooses: it knows the images, the symmetry score only the map.
+structures and traps those that are nearly symmetric there. All of them search in C1 and run to half time; the
+likeliest two go on to the end, and further ones one by one until a second map agrees with the best. A point group is
+imposed afterwards on several candidate frames of the finished maps, each polished by EM within the group, and again
+the held-out likelihood chooses: it knows the images, the symmetry score only the map.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from models.reconstruction.acceptance import SeedAcceptance, judge_seed
-from models.reconstruction.online_em import EmProgress, EmResult, OnlineEmSettings, run_start
+from models.reconstruction.acceptance import MINIMUM_AGREEMENT, SeedAcceptance, correlate_maps, judge_seed
+from models.reconstruction.online_em import EmProgress, EmResult, OnlineEm, OnlineEmSettings, run_start
 from models.reconstruction.particle_data import ParticleData
 from models.reconstruction.projector import cube_to_volume
 from models.reconstruction.scoring import fast_products
 from models.reconstruction.symmetry import find_frames
+
+TRIAL_FRACTION = 0.5
+"""The share of its run after which a start is compared with the others."""
 
 SECOND_FIRST_SHELL = 7.0
 """The radius that every second start begins with: 4 shells converged most often, but not for every shape."""
@@ -64,31 +68,58 @@ def find_initial_model(
     """Return the likeliest map of `n_starts`, in the group's setting."""
     names = [f"start {i + 1}" for i in range(n_starts)]
 
-    def run(index: int) -> EmResult:
+    def begin(index: int) -> OnlineEm:
         first = settings.first_shell if index % 2 == 0 else min(SECOND_FIRST_SHELL, settings.last_shell)
         own = replace(settings, first_shell=first)
-        generator = torch.Generator().manual_seed(seed * 1000 + index)
-        return run_start(data, own, generator, _named(names[index], on_progress))
+        em = OnlineEm(data, own, torch.Generator().manual_seed(seed * 1000 + index))
+        em.run_to(round(TRIAL_FRACTION * settings.n_iterations), _named(names[index], on_progress))
+        return em
+
+    def finish(index: int) -> EmResult:
+        starts[index].run_to_end(_named(names[index], on_progress))
+        return starts[index].result()
 
     with fast_products(), ThreadPoolExecutor(max_workers=max(1, n_threads)) as pool:
-        results = list(pool.map(run, range(n_starts)))
-    order = sorted(range(n_starts), key=lambda i: -results[i].log_evidence)
-    reports = [StartReport(name=names[i], log_evidence=results[i].log_evidence) for i in order]
-    spread = reports[0].log_evidence - reports[1].log_evidence if n_starts > 1 else None
+        starts = list(pool.map(begin, range(n_starts)))
+        early = list(pool.map(lambda em: float(em.held_out_evidence().double().mean()), starts))
+        order = sorted(range(n_starts), key=lambda i: -early[i])
+        finished = dict(zip(order[:2], pool.map(finish, order[:2]), strict=True))
+        agreement = _agreement(list(finished.values()))
+        for index in order[2:]:
+            if agreement is None or agreement >= MINIMUM_AGREEMENT:
+                break
+            finished[index] = finish(index)
+            agreement = _agreement(list(finished.values()))
+    ranked = sorted(finished, key=lambda i: -finished[i].log_evidence)
+    results = [finished[i] for i in ranked]
+    reports = [StartReport(name=names[i], log_evidence=finished[i].log_evidence) for i in ranked] + [
+        StartReport(name=f"{names[i]}, left at half time", log_evidence=early[i])
+        for i in order
+        if i not in finished
+    ]
+    spread = results[0].log_evidence - results[1].log_evidence if len(results) > 1 else None
     box = data.box_size_px
-    best, more, score = results[order[0]], list[StartReport](), None
+    best, more, score = results[0], list[StartReport](), None
     if len(group) > 1:
-        best, more, score = _impose(
-            data, settings, group, [results[i] for i in order], seed=seed, n_threads=n_threads,
-            on_progress=on_progress,
-        )  # fmt: skip
+        polished, more, score = _impose(
+            data, settings, group, results, seed=seed, n_threads=n_threads, on_progress=on_progress
+        )
+        best = polished[0]
+        if agreement is not None:
+            agreement = max(agreement, _agreement(polished) or agreement)
     return InitialModel(
         volume=cube_to_volume(best.cube, box),
         reports=(*reports, *more),
         evidence_spread=spread,
         symmetry_score=score,
-        acceptance=judge_seed(data, best, settings, torch.Generator().manual_seed(seed)),
+        acceptance=judge_seed(data, best, settings, torch.Generator().manual_seed(seed), agreement),
     )
+
+
+def _agreement(results: list[EmResult]) -> float | None:
+    """Return the best map's highest correlation with another one, after alignment; None where there is no other."""
+    first, *others = sorted(results, key=lambda result: -result.log_evidence)
+    return max((correlate_maps(first, other) for other in others), default=None)
 
 
 def _impose(
@@ -100,8 +131,8 @@ def _impose(
     seed: int,
     n_threads: int,
     on_progress: Callable[[str, EmProgress], None] | None,
-) -> tuple[EmResult, list[StartReport], float]:
-    """Polish the best frame of every start within the group; return the likeliest, all, and its score.
+) -> tuple[list[EmResult], list[StartReport], float]:
+    """Polish the best frame of every start within the group; return them, likeliest first, and the best one's score.
 
     Every start, because a C1 map that is less likely as it stands may be nearer to a symmetric one.
     """
@@ -121,12 +152,12 @@ def _impose(
 
     with fast_products(), ThreadPoolExecutor(max_workers=max(1, n_threads)) as pool:
         results = list(pool.map(polish, range(len(frames))))
-    best = max(range(len(frames)), key=lambda i: results[i].log_evidence)
+    order = sorted(range(len(frames)), key=lambda i: -results[i].log_evidence)
     reports = [
         StartReport(name=f"{name} (score {fit.score:.2f})", log_evidence=result.log_evidence)
         for (name, fit), result in zip(frames, results, strict=True)
     ]
-    return results[best], reports, frames[best][1].score
+    return [results[i] for i in order], reports, frames[order[0]][1].score
 
 
 def _named(

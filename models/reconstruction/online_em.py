@@ -16,9 +16,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from models.reconstruction.expectation import PRUNING_SHELL, CoarseSearch, sum_slices
 from models.reconstruction.grids import asymmetric_unit, random_rotations, shift_grid, so3_grid
 from models.reconstruction.particle_data import ParticleData
 from models.reconstruction.projector import (
+    HalfPlane,
     cube_to_volume,
     extract_slices,
     insert_slices,
@@ -28,7 +30,6 @@ from models.reconstruction.projector import (
 from models.reconstruction.scoring import (
     Projections,
     ShiftSearch,
-    add_slice_sums,
     block_size,
     fast_products,
     score_block,
@@ -37,6 +38,9 @@ from models.reconstruction.scoring import (
 )
 from models.reconstruction.sufficient import ReconstructionGrid, correlate_shells, solve_map, ssnr_of
 from models.reconstruction.symmetry import turn_volume
+
+RISING = 0.01
+"""A run whose held-out evidence rose by more than this share in its last block has not arrived yet."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,69 +203,75 @@ class OnlineEm:
         turn = random_rotations(1, self.generator)[0]
         rotations = asymmetric_unit((self.fine if is_fine else self.coarse) @ turn, self.group)
         batch = self.data.take(self._next_batch()).within(shell)
-        slices = extract_slices(self.cube, rotations, batch.plane)
-        projections = Projections.of(slices)
+        projections = Projections.of(extract_slices(self.cube, rotations, batch.plane))
         half = len(batch) // 2
         beta = self._find_temperature(batch, projections, search)
-        channels = [
-            self._slice_sums(batch.take(part), projections, search, beta)
-            for part in (torch.arange(half), torch.arange(half, len(batch)))
-        ]
-        both = torch.cat(channels)
-        is_hit = both[2].amax(1) + both[5].amax(1) > 0
-        new = self.grid.zeros(6)
-        for element in self.group:
-            new = insert_slices(new, both[:, is_hit], rotations[is_hit] @ element, batch.plane)
-        eta = max((self.iteration + 2) ** -0.6, 0.05)
+        coarse = self._coarse_search(batch.plane) if is_fine else None
+        inverse_noise = self.inverse_noise[: len(batch.plane)]
+        new = []
+        for part in (torch.arange(half), torch.arange(half, len(batch))):
+            found = sum_slices(batch.take(part), inverse_noise, projections, search, beta, coarse)
+            sums, turned = self.grid.zeros(), rotations[found.index]
+            for element in self.group:
+                sums = insert_slices(sums, found.values, turned @ element, batch.plane)
+            new.append(sums)
         scale = self.training.numel() / len(batch)
-        self.sums = (1 - eta) * self.sums + (eta * scale) * new
+        # The running sums never reach back further than one pass over the images: older maps made older sums.
+        eta = max((self.iteration + 2) ** -0.6, 0.05, 1.0 / scale)
+        self.sums = (1 - eta) * self.sums + (eta * scale) * torch.cat(new)
         self._update_map(shell)
         self.iteration += 1
         return EmProgress(
             iteration=self.iteration,
-            n_iterations=self.settings.n_iterations,
+            n_iterations=max(self.settings.n_iterations, self.iteration),
             shell=shell,
             inverse_temperature=beta,
             fsc=self.fsc,
         )
+
+    def run_to(self, iteration: int, on_progress: Callable[[EmProgress], None] | None = None) -> None:
+        """Run until `iteration` are done; `on_progress` may raise."""
+        while self.iteration < iteration:
+            progress = self.step()
+            if on_progress is not None:
+                on_progress(progress)
+
+    def run_to_end(self, on_progress: Callable[[EmProgress], None] | None = None) -> None:
+        """Run the schedule, then on in blocks (as long again at most) while the held-out evidence keeps rising."""
+        n = self.settings.n_iterations
+        self.run_to(n, on_progress)
+        evidence = float(self.held_out_evidence().mean())
+        while self.iteration < 2 * n:
+            self.run_to(self.iteration + max(1, n // 8), on_progress)
+            before, evidence = evidence, float(self.held_out_evidence().mean())
+            if evidence < before + RISING * abs(before):
+                break
 
     def _find_temperature(self, batch: ParticleData, projections: Projections, search: ShiftSearch) -> float:
         """Return β ≤ 1 at which the target share of the poses carries an image's posterior (exp of its entropy)."""
         target = self.target_fraction()
         if target == 0.0:
             return 1.0
-        few = batch.take(torch.arange(min(40, len(batch))))
+        few = batch.take(torch.arange(min(24, len(batch))))
         images, weights = weighted_images(few, self.inverse_noise[: len(few.plane)])
         matrix = shifted_matrix(images, few.plane.phases(search.shifts_xy_px))
         flat = ShiftSearch(search.shifts_xy_px, torch.zeros_like(search.log_prior))
         scores = score_block(matrix, weights, projections, flat, 1.0).flatten(1)
         low, high = math.log(1e-4), 0.0
-        for _ in range(12):
+        if _share_of_poses(scores) >= target:
+            return 1.0
+        for _ in range(10):
             middle = 0.5 * (low + high)
-            log_p = torch.log_softmax(scores * math.exp(middle), dim=1)
-            entropy = -(log_p.exp() * log_p).sum(1)
-            fraction = float((entropy - math.log(scores.shape[1])).exp().mean())
-            low, high = (middle, high) if fraction > target else (low, middle)
+            is_broad = _share_of_poses(scores * math.exp(middle)) > target
+            low, high = (middle, high) if is_broad else (low, middle)
         return math.exp(0.5 * (low + high))
 
-    def _slice_sums(
-        self, batch: ParticleData, projections: Projections, search: ShiftSearch, beta: float
-    ) -> Float[Tensor, "3 j k"]:
-        """Return per rotation the posterior-weighted sums (re A, im A, W) of a batch."""
-        n_rotations, k2 = projections.stacked.shape
-        sums, weight_sums = torch.zeros((n_rotations, k2)), torch.zeros((n_rotations, k2 // 2))
-        images, weights = weighted_images(batch, self.inverse_noise[: len(batch.plane)])
-        phases = batch.plane.phases(search.shifts_xy_px)
-        size = block_size(phases.shape[0], n_rotations)
-        with fast_products():
-            for part, part_weights in zip(images.split(size), weights.split(size), strict=True):
-                matrix = shifted_matrix(part, phases)
-                posterior = score_block(matrix, part_weights, projections, search, beta)
-                posterior.sub_(posterior.amax((1, 2), keepdim=True)).exp_()
-                posterior.div_(posterior.sum((1, 2), keepdim=True))
-                add_slice_sums(sums, weight_sums, posterior, matrix, part_weights)
-        k = k2 // 2
-        return torch.stack((sums[:, :k], sums[:, k:], weight_sums))
+    def _coarse_search(self, plane: HalfPlane) -> CoarseSearch | None:
+        """Return the first of two steps, None while the radius is too small for two to pay."""
+        n = plane.count_within(PRUNING_SHELL)
+        if len(plane) < 1.3 * n:
+            return None
+        return CoarseSearch(_shift_search(self.data.box_size_px, self.settings, is_fine=False), n)
 
     def _update_map(self, shell: float) -> None:
         """Solve the sub-halves for the radial prior and the sum for the map; constrain it in real space."""
@@ -301,6 +311,13 @@ class OnlineEm:
         )
 
 
+def _share_of_poses(scores: Float[Tensor, "b p"]) -> float:
+    """Return the mean over images of exp(entropy) of the softmax, as a share of all poses."""
+    log_p = torch.log_softmax(scores, dim=1)
+    entropy = -(log_p.exp() * log_p).sum(1)
+    return float((entropy - math.log(scores.shape[1])).exp().mean())
+
+
 def held_out_rows(n_images: int, settings: OnlineEmSettings) -> Int[Tensor, " h"]:
     """Return which images no start is trained on: the same for all of them, a fixed stride through the set."""
     n_held_out = min(settings.n_held_out, n_images // 5)
@@ -332,6 +349,11 @@ def evidence_of(
     return torch.cat(parts) - math.log(rotations.shape[0])
 
 
+def fine_shift_search(box_size_px: int, settings: OnlineEmSettings) -> ShiftSearch:
+    """Return the shifts of the last iterations, with their prior."""
+    return _shift_search(box_size_px, settings, is_fine=True)
+
+
 def _shift_search(box_size_px: int, settings: OnlineEmSettings, *, is_fine: bool) -> ShiftSearch:
     step = settings.shift_step_fraction * box_size_px * (1.0 if is_fine else 1.5)
     return ShiftSearch.gaussian(
@@ -350,8 +372,5 @@ def run_start(
 ) -> EmResult:
     """Run one start (or, from the map `start`, the second half of one) to its end; `on_progress` may raise."""
     em = OnlineEm(data, settings, generator, group, start)
-    while em.iteration < settings.n_iterations:
-        progress = em.step()
-        if on_progress is not None:
-            on_progress(progress)
+    em.run_to(settings.n_iterations, on_progress)
     return em.result()

@@ -80,6 +80,14 @@ class Projections:
         """Take complex slices `(j, k)`."""
         return cls(torch.cat((slices.real, slices.imag), dim=1), slices.abs().square())
 
+    def cropped(self, n_coefficients: int) -> Projections:
+        """Return the leading coefficients alone."""
+        n, k = n_coefficients, self.power.shape[1]
+        return Projections(
+            torch.cat((self.stacked[:, :n], self.stacked[:, k : k + n]), dim=1),
+            self.power[:, :n].contiguous(),
+        )
+
 
 def weighted_images(data: ParticleData, inverse_noise: Float[Tensor, "k"]) -> tuple[Tensor, Tensor]:
     """Return (c F / σ², c² / σ²) of every image."""

@@ -19,14 +19,15 @@ def register(app: typer.Typer) -> None:
     """Add the command."""
     app.command(
         "bench",
-        help=f"Rerun a benchmark: {', '.join(BENCHMARKS)}.\n\nExample: icestream bench journal --json",
+        help=f"Rerun a benchmark: {', '.join((*BENCHMARKS, *LONG_BENCHMARKS))}.\n\nExample: icestream bench journal --json",
     )(bench)
 
 
 def bench(
     name: Annotated[str, typer.Argument(help="Which benchmark.")],
     size: Annotated[
-        int | None, typer.Option(help="Movies, files, particles or pixels; default: the recorded size.")
+        int | None,
+        typer.Option(help="Movies, files, particles, pixels or seeds; default: the recorded size."),
     ] = None,
     folder: Annotated[Path | None, typer.Option(help="Where to work; default: a temporary folder.")] = None,
     as_json: AsJson = False,
@@ -121,4 +122,39 @@ BENCHMARKS: dict[str, Callable[[Path, int | None], Figures]] = {
     "feature-cache": _feature_cache,
     "picking": _picking,
     "features": _features,
+}
+
+
+def _convergence(
+    folder: Path, size: int | None, part: str | None, box_px: int | None, limit_s: float | None
+) -> Figures:
+    from stream.commands.bench_convergence import run_convergence_benchmark
+
+    if box_px is not None or limit_s is not None:
+        raise ConfigurationError("--box-px, --limit-s", "they belong to `bench engine`", "convergence")
+    return run_convergence_benchmark(folder, n_seeds=size or 10, part=part)
+
+
+def _engine(
+    folder: Path, size: int | None, part: str | None, box_px: int | None, limit_s: float | None
+) -> Figures:
+    from stream.commands.bench_engine import (
+        DEFAULT_BOX_PX,
+        DEFAULT_LIMIT_S,
+        DEFAULT_SIZE,
+        run_engine_benchmark,
+    )
+
+    return run_engine_benchmark(
+        folder,
+        n_particles=size or DEFAULT_SIZE,
+        box_px=box_px or DEFAULT_BOX_PX,
+        limit_s=limit_s or DEFAULT_LIMIT_S,
+        part=part,
+    )
+
+
+LONG_BENCHMARKS: dict[str, Callable[[Path, int | None, str | None, int | None, float | None], Figures]] = {
+    "convergence": _convergence,
+    "engine": _engine,
 }
