@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import starfile
 
+from models.cryo_ief.preprocess import to_grey_levels
 from models.cryoranker.dataset import LabelledParticles
 from models.cryoranker.held_out import HeldOutBoxes, HeldOutSpec
 from models.cryoranker.judge import judge
@@ -93,7 +94,7 @@ def test_a_judgement_sets_the_ranker_beside_baseline_picker_and_templates():
         template_scores=(labels - 0.5).astype(np.float32),
     )
     spec = HeldOutSpec(structures=("first", "folder/second.pdb"), snr=0.05, box_size_px=16)
-    grey = (np.clip(_spots(8.0 * labels, 3), -2, 10) * 20 + 50).astype(np.uint8)
+    grey = to_grey_levels(_spots(8.0 * labels, 3), 16, is_exact=False)
     training = LabelledParticles(
         grey=grey,
         labels=labels,
