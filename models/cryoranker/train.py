@@ -42,6 +42,7 @@ from models.weights import load_checkpoint, save_checkpoint
 
 CHECKPOINT_FILE = "ranker.safetensors"
 _LEAST_CALIBRATION = 30
+_CALIBRATION_KEYS = ("good_accepted", "calibration_threshold", "calibration_snr")
 Progress = Callable[[dict[str, float]], None]
 
 log = logging.getLogger(__name__)
@@ -215,7 +216,9 @@ def fit(
     optimiser = build_optimiser(
         model, learning_rate=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.98)
     )
-    described = {"training": asdict(config), "n_images": len(training)}
+    # Calibration comes after the loop: a finished training can be calibrated anew.
+    of_loop = {key: value for key, value in asdict(config).items() if key not in _CALIBRATION_KEYS}
+    described = {"training": of_loop, "n_images": len(training)}
     state = TrainingState(step=0, seconds=0.0)
     order = torch.empty(0, dtype=torch.long)
     if folder is not None:

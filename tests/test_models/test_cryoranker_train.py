@@ -103,6 +103,14 @@ def test_calibration_moves_the_scores_and_keeps_their_order(head):
     assert moved.validation.good_accepted != plain.validation.good_accepted
 
 
+def test_a_finished_training_is_calibrated_anew_without_training(tmp_path):
+    config = replace(CONFIG, good_accepted=0.8, calibration_snr=(0.0, 1.0))
+    first = fit(MODEL, config, TRAINING, discs(200, 2), tmp_path)
+    again = fit(MODEL, replace(config, good_accepted=0.6), TRAINING, discs(200, 2), tmp_path)
+    assert again.validation.good_accepted == pytest.approx(0.6, abs=0.02)
+    assert again.curve == first.curve
+
+
 def test_calibration_without_enough_good_images_is_refused():
     with pytest.raises(ValueError, match=r"calibration_snr: 5\.0-9\.0, has 0 good validation images"):
         fit(MODEL, replace(CONFIG, good_accepted=0.9, calibration_snr=(5.0, 9.0)), TRAINING, VALIDATION)
