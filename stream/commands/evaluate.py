@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -30,10 +30,19 @@ def register(app: typer.Typer) -> None:
 
 @evaluate_app.command("scores")
 def evaluate_scores(
-    table: Annotated[Path, typer.Argument(help="STAR or CSV with one row per particle.")],
+    table: Annotated[Path, typer.Argument(help="STAR, .cs or CSV with one row per particle.")],
     score_column: Annotated[str, typer.Option(help="Column of scores.")] = "icestreamScore",
     label_column: Annotated[str, typer.Option(help="Column of labels in [0, 1].")] = "icestreamLabel",
     threshold: Annotated[float, typer.Option(help="Accepted above this score.")] = 0.4,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            help="Score the table's particles (STAR or .cs) with this ranker, instead of --score-column."
+        ),
+    ] = None,
+    root: Annotated[
+        Path | None, typer.Option(help="With --model: folder to which the stacks' paths are relative.")
+    ] = None,
     curves: Annotated[
         Path | None,
         typer.Option(help="Precision, recall and ROC at every threshold: .csv, or .png to look at."),
@@ -42,16 +51,26 @@ def evaluate_scores(
 ) -> None:
     """Compute AUC, average precision, Spearman and Pearson of scores against labels.
 
-    AUC and AP take labels above 0.7 as good and up to 0.3 as bad; the correlations take all rows.
+    AUC and AP take labels above 0.7 as good and up to 0.3 as bad; the correlations take all rows. With --model, images
+    without a signal have no score and are left out and counted.
 
-    Example: icestream evaluate scores scored_with_labels.star --label-column classScore --curves curves.png
+    Example: icestream evaluate scores labelled.star --label-column classScore --model ranker.onnx --curves curves.png
     """
+    import numpy as np
+
     from models.cryoranker.metrics import score_quality
+    from stream.commands.evaluate_labelled import read_numbers, score_labelled
 
     if curves is not None and curves.suffix not in CURVE_SUFFIXES:
         raise ConfigurationError("--curves", f"the file ends in {', '.join(CURVE_SUFFIXES)}", curves)
-    columns = _read_columns(table, (score_column, label_column))
-    scores, labels = columns[score_column], columns[label_column]
+    if model is None:
+        columns = read_numbers(table, (score_column, label_column))
+        scores, labels = columns[score_column], columns[label_column]
+    else:
+        labels = read_numbers(table, (label_column,))[label_column]
+        scores = score_labelled(table, model, root=root).astype(np.float64)
+    is_scored = np.isfinite(scores)
+    n_given, scores, labels = len(scores), scores[is_scored], labels[is_scored]
     try:
         quality = score_quality(scores, labels, threshold=threshold)
     except ValueError as error:
@@ -59,10 +78,10 @@ def evaluate_scores(
     if curves is not None:
         _write_curves(curves, scores, labels)
     if as_json:
-        print_json(asdict(quality))
+        print_json({"particles": n_given, "scored": len(scores), **asdict(quality)})
     else:
         console.print(
-            f"AUC {quality.auc:.4f}  AP {quality.ap:.4f}  Spearman {quality.spearman:.4f}"
+            f"{len(scores)} of {n_given} particles scored  AUC {quality.auc:.4f}  AP {quality.ap:.4f}  Spearman {quality.spearman:.4f}"
             f"  Pearson {quality.pearson:.4f}  ({quality.n_good} good, {quality.n_bad} bad)"
         )
 
@@ -94,28 +113,3 @@ def _write_curves(path: Path, scores: NDArray[np.float64], labels: NDArray[np.fl
     )
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
-
-
-def _read_columns(table: Path, names: tuple[str, ...]) -> dict[str, Any]:
-    import numpy as np
-    import pandas as pd
-    import starfile
-
-    if not table.is_file():
-        raise InputError(table, "a STAR or CSV file that exists")
-    try:
-        if table.suffix == ".csv":
-            frames = [pd.read_csv(table)]
-        else:
-            frames = [
-                f for f in starfile.read(table, always_dict=True).values() if isinstance(f, pd.DataFrame)
-            ]
-    except (ValueError, OSError) as error:
-        raise InputError(table, "a readable STAR or CSV file", error) from error
-    for frame in frames:
-        if set(names) <= set(frame.columns):
-            values = {name: frame[name].to_numpy(np.float64) for name in names}
-            if not all(np.isfinite(column).all() for column in values.values()):
-                raise InputError(table, f"columns {names} are finite")
-            return values
-    raise InputError(table, f"has the columns {names}", [list(frame.columns) for frame in frames])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,20 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from stream.commands.common import AsJson, console, print_json
+from stream.commands.evaluate_models import UNTRAINED, EncodingModel, load_encoding_model, load_untrained
 from stream.records.errors import ConfigurationError, InputError
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from models.cryo_ief.config import ResizeMode
     from models.cryoranker.dataset import LabelledParticles
-    from models.cryoranker.judge_features import Encoder, JudgedFeatures
+    from models.cryoranker.judge_features import JudgedFeatures
     from models.cryoranker.pose_sets import PosedParticles
 
 N_STRUCTURES = 12
 """As many as the paper's simulated data sets."""
-UNTRAINED = "untrained"
+DEFAULT_SNR = 0.1
 _HELD_OUT_SEED = 500_000
 """First phantom for judging; training configurations start at 1000 and never come here."""
 _STRUCTURE_SUFFIXES = (".pdb", ".cif", ".pdb.gz", ".cif.gz")
@@ -35,16 +32,6 @@ class Embedding(StrEnum):
     UMAP = "umap"
     TSNE = "tsne"
     PCA = "pca"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EncodingModel:
-    """A model that gives features, and what its input has to be."""
-
-    name: str
-    encode: Encoder
-    input_size_px: int
-    resize_mode: ResizeMode
 
 
 def register(app: typer.Typer) -> None:
@@ -64,9 +51,26 @@ def evaluate_features(
         ),
     ] = None,
     snr: Annotated[
-        float,
-        typer.Option(min=0.001, max=10.0, help="Variance of signal over noise, per pixel of a 64 px box."),
-    ] = 0.1,
+        list[float] | None,
+        typer.Option(
+            min=0.001,
+            max=10.0,
+            help="Variance of signal over noise, per pixel of a 64 px box; repeat for several. Default: 0.1.",
+        ),
+    ] = None,
+    particles: Annotated[
+        Path | None,
+        typer.Option(help="Judge on this labelled set (STAR or .cs) instead of simulated ones."),
+    ] = None,
+    label_column: Annotated[
+        str, typer.Option(help="With --particles: column of labels in [0, 1].")
+    ] = "icestreamLabel",
+    class_column: Annotated[
+        str | None, typer.Option(help="With --particles: column that names structures or other classes.")
+    ] = None,
+    root: Annotated[
+        Path | None, typer.Option(help="With --particles: folder to which the stacks' paths are relative.")
+    ] = None,
     images_per_class: Annotated[
         int, typer.Option(min=2, help="Images per structure and pose class; there are 12 x 12 of these.")
     ] = 20,
@@ -93,121 +97,83 @@ def evaluate_features(
     labelled from 0 to 1. AUC, AP and correlations are those of the ranking head, or of a linear probe fitted on the other
     half of the structures.
 
-    Example: icestream evaluate features training/cryo_ief.safetensors --compare untrained --html features.html
+    With --particles a labelled set of yours is judged instead: quality always, structure with --class-column, pose where
+    the file has angles.
+
+    Example: icestream evaluate features training/cryo_ief.safetensors --snr 0.005 --snr 0.1 --compare untrained --html
+    features.html
     """
     for path, suffix in ((plot, ".png"), (html, ".html")):
         if path is not None and path.suffix != suffix:
             raise ConfigurationError("--plot, --html", f"the file ends in {suffix}", path)
     judged = load_encoding_model(model)
-    names = find_structures(models)
-    posed, labelled = simulate_sets(
-        judged, names, data.expanduser(), snr=snr, images_per_class=images_per_class, fields=fields
-    )
-    found = _judge(judged, posed, labelled, names, k)
-    document = _document(judged.name, found) | {
-        "snr": snr,
-        "k": k,
-        "structures": [Path(name).name for name in names],
-        "n_images": {"structure_and_pose": len(posed), "quality": len(labelled)},
-        "guessing": _guessing(labelled),
-    }
+    other = None
     if compare is not None:
         other = load_untrained(model) if compare == UNTRAINED else load_encoding_model(Path(compare))
-        if (other.input_size_px, other.resize_mode) != (judged.input_size_px, judged.resize_mode):
+    if particles is not None:
+        simulated = {"--snr": snr, "--models": models, "--plot": plot, "--html": html}
+        if given := [name for name, value in simulated.items() if value is not None]:
+            raise ConfigurationError("--particles", f"without {', '.join(given)}", particles)
+        documents = [_judge_given(judged, other, particles, label_column, class_column, root, k)]
+    else:
+        if class_column is not None or root is not None:
+            raise ConfigurationError("--class-column, --root", "with --particles", class_column or root)
+        if other is not None and (other.input_size_px, other.resize_mode) != (
+            judged.input_size_px,
+            judged.resize_mode,
+        ):
             raise ConfigurationError(
                 "--compare", f"a model with the same input ({judged.input_size_px} px)", other.input_size_px
             )
-        document["compared"] = _document(other.name, _judge(other, posed, labelled, names, k))
-    if plot is not None or html is not None:
-        document["embedding"] = _draw(found, posed, labelled, names, plot, html, embedding)
+        names = find_structures(models)
+        documents = []
+        for level in snr or [DEFAULT_SNR]:
+            posed, labelled = simulate_sets(
+                judged,
+                names,
+                data.expanduser(),
+                snr=level,
+                images_per_class=images_per_class,
+                fields=fields,
+            )
+            found = _judge(judged, posed, labelled, names, k)
+            documents.append(
+                _document(judged.name, found)
+                | {
+                    "snr": level,
+                    "k": k,
+                    "structures": [Path(name).name for name in names],
+                    "n_images": {"structure_and_pose": len(posed), "quality": len(labelled)},
+                    "guessing": _guessing(labelled),
+                }
+            )
+            if other is not None:
+                documents[-1]["compared"] = _document(other.name, _judge(other, posed, labelled, names, k))
+            if level == (snr or [DEFAULT_SNR])[0] and (plot is not None or html is not None):
+                documents[0]["embedding"] = _draw(found, posed, labelled, names, plot, html, embedding)
+    document = documents[0] | ({"by_snr": documents} if len(documents) > 1 else {})
     if as_json:
         print_json(document)
     else:
-        _print_table(document)
+        _print_table(documents)
 
 
-def load_encoding_model(path: Path) -> EncodingModel:
-    """Load a checkpoint or an exported ranker."""
-    from models.cryo_ief.encode import Encoded, encode_grey
-    from models.cryo_ief.layouts import load_model
-    from models.cryo_ief.preprocess import normalise_grey_levels
-    from models.weights import load_checkpoint
+def _judge_given(
+    judged: EncodingModel,
+    other: EncodingModel | None,
+    particles: Path,
+    label_column: str,
+    class_column: str | None,
+    root: Path | None,
+    k: int,
+) -> dict[str, Any]:
+    from stream.commands.evaluate_labelled import judge_labelled_set, read_labelled_set
 
-    if not path.is_file():
-        raise InputError(path, "a checkpoint or ONNX file that exists")
-    if path.suffix == ".onnx":
-        from models.cryoranker.serve import OnnxRanker
-
-        try:
-            ranker = OnnxRanker(path)
-        except ValueError as error:
-            raise InputError(
-                path, "a ranker in ONNX (an encoder is judged from its checkpoint)", error
-            ) from error
-
-        def encode(grey: NDArray[np.uint8]) -> Encoded:
-            import numpy as np
-
-            parts = [
-                ranker.score_prepared(
-                    normalise_grey_levels(grey[i : i + 64], ranker.info.mean, ranker.info.std)
-                )
-                for i in range(0, len(grey), 64)
-            ]
-            return Encoded(
-                features=np.concatenate([part[1].astype(np.float32) for part in parts]),
-                scores=np.concatenate([part[0] for part in parts]),
-            )
-
-        return EncodingModel(
-            name=str(path),
-            encode=encode,
-            input_size_px=ranker.info.input_size_px,
-            resize_mode=ranker.info.resize_mode,
-        )
-    try:
-        loaded = load_checkpoint(path)
-        network = load_model(loaded.tensors, loaded.metadata.get("model")).model
-    except ValueError as error:
-        raise InputError(path, "a checkpoint of a known layout", error) from error
-    return EncodingModel(
-        name=str(path),
-        encode=lambda grey: encode_grey(network, grey),
-        input_size_px=network.config.input_size_px,
-        resize_mode=network.config.resize_mode,
-    )
-
-
-def load_untrained(path: Path) -> EncodingModel:
-    """Return the network with the weights that it had before training, which follow from the checkpoint's metadata."""
-    from dataclasses import replace
-
-    from models.cryo_ief.config import Head, VitConfig
-    from models.cryo_ief.encode import encode_grey
-    from models.cryo_ief.pretrain import PretrainConfig, initial_encoder
-    from models.cryo_ief.settings import parse_settings
-    from models.cryoranker.train import TrainConfig, initial_model
-    from models.weights import load_checkpoint
-
-    try:
-        metadata = load_checkpoint(path).metadata
-        if not {"model", "training"} <= set(metadata):
-            rule = "'untrained' needs a checkpoint that icestream train wrote"
-            raise InputError(path, rule, "no training in its metadata")
-        config = VitConfig.from_dict(metadata["model"])
-        if config.head is Head.NONE:
-            network = initial_encoder(parse_settings(PretrainConfig, metadata["training"]), config)
-        else:
-            training = parse_settings(TrainConfig, metadata["training"])
-            network = initial_model(replace(training, initial_checkpoint=None), config)
-    except ValueError as error:
-        raise InputError(path, "a checkpoint that says how it was trained", error) from error
-    return EncodingModel(
-        name=UNTRAINED,
-        encode=lambda grey: encode_grey(network, grey),
-        input_size_px=config.input_size_px,
-        resize_mode=config.resize_mode,
-    )
+    given = read_labelled_set(particles, label_column=label_column, class_column=class_column, root=root)
+    document = judge_labelled_set(judged, given, k=k)
+    if other is not None:
+        document["compared"] = judge_labelled_set(other, given, k=k)
+    return document
 
 
 def find_structures(folder: Path | None) -> tuple[str, ...]:
@@ -359,19 +325,22 @@ def _draw(
     return method
 
 
-def _print_table(document: dict[str, Any]) -> None:
+def _print_table(documents: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
-    table = Table("model", "structure", "pose", "quality", "AUC", "AP", "Spearman", "Pearson")
-    for row in (document, document.get("compared")):
-        if row is not None:
-            knn = row["knn"]
-            figures = (knn["structure"], knn["pose"], knn["quality"], row["auc"], row["ap"])
-            correlations = (row["spearman"], row["pearson"])
-            table.add_row(
-                f"{row['model']} (AUC by {row['ranked_by']})",
-                *(f"{v:.3f}" for v in (*figures, *correlations)),
-            )
-    guess = document["guessing"]
-    table.add_row("guessing", *(f"{guess[name]:.3f}" for name in ("structure", "pose", "quality")), "0.500")
+    table = Table("SNR", "model", "structure", "pose", "quality", "AUC", "AP", "Spearman", "Pearson")
+
+    def text(value: float | None) -> str:
+        return "" if value is None else f"{value:.3f}"
+
+    for document in documents:
+        snr = f"{document['snr']:g}" if "snr" in document else ""
+        for row in (document, document.get("compared")):
+            if row is not None:
+                knn = (row["knn"][name] for name in ("structure", "pose", "quality"))
+                figures = (*knn, row["auc"], row["ap"], row["spearman"], row["pearson"])
+                table.add_row(snr, f"{row['model']} (AUC by {row['ranked_by']})", *map(text, figures))
+        guess = document["guessing"]
+        chances = (text(guess.get(name)) for name in ("structure", "pose", "quality"))
+        table.add_row(snr, "guessing", *chances, "0.500")
     console.print(table)

@@ -16,7 +16,8 @@ from models.cryo_ief.pretrain import PretrainConfig, pretrain
 from models.cryo_ief.vit import CryoVit
 from models.weights import save_checkpoint
 from stream.commands import evaluate
-from stream.commands.evaluate_features import find_structures, load_encoding_model, load_untrained
+from stream.commands.evaluate_features import find_structures
+from stream.commands.evaluate_models import load_encoding_model, load_untrained
 from stream.commands.feature_maps import FeatureMap, choose_embedding, embed, write_html, write_png
 from stream.records.errors import ConfigurationError, InputError
 
@@ -75,6 +76,18 @@ def test_features_are_judged_against_the_untrained_network_with_maps(checkpoint,
     again = invoke(*arguments)
     assert json.loads(again.stdout) == document
     assert len(list((tmp_path / "data").iterdir())) == n_kept == 2
+
+
+def test_figures_come_for_every_snr_down_to_the_papers(checkpoint, two_structures, tmp_path):
+    options = ("--data", tmp_path, "--images-per-class", 2, "--fields", 4)
+    result = invoke("features", checkpoint, *options, "--snr", 0.005, "--snr", 0.1, "--json")
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert [each["snr"] for each in document["by_snr"]] == [0.005, 0.1]
+    assert document["knn"] == document["by_snr"][0]["knn"]
+    assert all(0.0 <= each["auc"] <= 1.0 for each in document["by_snr"])
+    shown = invoke("features", checkpoint, *options, "--snr", 0.005, "--snr", 0.1)
+    assert shown.exit_code == 0, shown.output
 
 
 def test_the_untrained_network_is_the_one_that_training_started_from(checkpoint):
