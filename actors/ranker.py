@@ -1,10 +1,10 @@
 """The ranker: scores particles in batches that may span exposures.
 
-Threads: any number of callers in `rank`, one inference thread. A caller reads its own stack, a batch of images
-at a time, and lays the images into the open batch; so callers read while the model works. A batch goes to the
-model when it is full, when nobody is reading who could fill it, or when its first image has waited
-`max_wait_s`. At most two batches queue before the model and a caller holds at most four batches of images
-unscored, so memory does not grow with the stack.
+Threads: any number of callers in `rank`, one that resizes, one that runs the model. A caller reads its own stack, a batch of
+images at a time, and lays the images into the open batch, and stores what comes back; so reading, resizing, inference and
+writing go on at the same time. A batch is sent off when it is full, when nobody is reading who could fill it, or when its
+first image has waited `max_wait_s`. At most three batches are resized, inferred or wait for it, and a caller holds at
+most four batches of images unscored, so memory does not grow with the stack.
 
 Images with NaN, infinities or one single value are excluded and counted; where the scorer mends single pixels, only those
 without two different finite values. Scores are in the feature cache,
@@ -21,13 +21,12 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stream.ingest.particle_table import read_stack_layout
+from actors.stack_images import Images, find_mendable_images, find_usable_images, read_images
 from stream.records.commands import Rank
 from stream.records.errors import ConfigurationError, InputError, ResourceError
 from stream.records.values import RankResult
@@ -37,10 +36,9 @@ from stream.store.layout import OutputLayout
 
 log = logging.getLogger(__name__)
 
-Images = NDArray[np.float32]
 N_HISTOGRAM_BINS = 100
 
-_MAX_QUEUED_BATCHES = 2
+_MAX_QUEUED_BATCHES = 3  # one resized, one inferred, one that waits
 _MAX_HELD_BATCHES = 4
 _ROWS_PER_APPEND = 8_192  # a large stack is stored in parts, so that a crash costs no more than this
 _MEMORY_WORDS = ("failed to allocate", "out of memory", "bad_alloc", "cudaerrormemoryallocation", "bfcarena")
@@ -57,8 +55,11 @@ class Scorer(Protocol):
     def provider(self) -> str:
         """What runs the model, as its session says."""
 
-    def score(self, images: Images) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Return (scores [b], features [b, d]) of extracted particles [b, n, n]."""
+    def prepare(self, images: Images) -> Any:  # noqa: ANN401 - an array or a tensor on the scorer's device
+        """Return what `infer` takes for extracted particles [b, n, n]; it can be sliced along b."""
+
+    def infer(self, prepared: Any) -> tuple[NDArray[Any], NDArray[Any]]:  # noqa: ANN401 - as above
+        """Return (scores [b], features [b, d]); called from one thread, `prepare` from another."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +77,7 @@ class ImageScores:
 class _Scored:
     scores: NDArray[np.float32]
     features: NDArray[np.float16]
-    seconds: float
+    seconds: dict[str, float]
 
 
 @dataclass(slots=True)
@@ -110,7 +111,7 @@ class _Request:
     n_held: int = 0
     n_unsaved: int = 0
     seconds: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("lookup", "read", "inference", "store"), 0.0)
+        default_factory=lambda: dict.fromkeys(("lookup", "read", "prepare", "inference", "store"), 0.0)
     )
 
 
@@ -150,6 +151,7 @@ class BatchingRanker:
         self._open: dict[int, _Batch] = {}
         self._n_reading = 0
         self._queue_slots = threading.BoundedSemaphore(_MAX_QUEUED_BATCHES)
+        self._prepare_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ranker-prepare")
         self._model_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ranker-model")
 
     @property
@@ -225,7 +227,8 @@ class BatchingRanker:
         )
 
     def close(self) -> None:
-        """Finish what is queued and end the inference thread."""
+        """Finish what is queued and end the threads."""
+        self._prepare_thread.shutdown(wait=True)
         self._model_thread.shutdown(wait=True)
 
     def _read_into_batches(
@@ -277,7 +280,9 @@ class BatchingRanker:
         """Send the open batch of this box size to the model; the caller holds the condition."""
         batch = self._open.pop(box)
         self._queue_slots.acquire()
-        batch.work = self._model_thread.submit(self._score, batch.images[: batch.n_images])
+        images = batch.images[: batch.n_images]
+        prepared = self._prepare_thread.submit(self._prepare, images)
+        batch.work = self._model_thread.submit(self._score, images, prepared)
         batch.work.add_done_callback(lambda _: self._queue_slots.release())
         self._changed.notify_all()
 
@@ -302,7 +307,8 @@ class BatchingRanker:
             request.batch_sizes.append(len(scored.scores))
         request.n_held -= n_images
         request.n_unsaved += n_images
-        request.seconds["inference"] += scored.seconds * n_images / len(scored.scores)
+        for step, seconds in scored.seconds.items():
+            request.seconds[step] += seconds * n_images / len(scored.scores)
         if request.n_unsaved >= _ROWS_PER_APPEND:
             self._store(request)
 
@@ -317,30 +323,44 @@ class BatchingRanker:
         request.n_unsaved = 0
         request.seconds["store"] += time.monotonic() - started
 
-    def _score(self, images: Images) -> _Scored:
+    def _prepare(self, images: Images) -> tuple[Any, float]:
+        """Resize (in its own thread) and say how long it took."""
+        started = time.monotonic()
+        prepared = self._scorer.prepare(images)
+        return prepared, time.monotonic() - started
+
+    def _score(self, images: Images, preparing: Future[tuple[Any, float]]) -> _Scored:
         """Run the model (in the inference thread), halving the batch when memory does not suffice."""
+        try:
+            prepared, prepare_s = preparing.result()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            prepared, prepare_s = None, 0.0  # too much at once for the device: part by part below
         started = time.monotonic()
         parts: list[tuple[NDArray[Any], NDArray[Any]]] = []
         start, limit = 0, self._batch_size
         while start < len(images):
-            chunk = images[start : start + limit]
+            part = slice(start, min(start + limit, len(images)))
             try:
-                parts.append(self._scorer.score(chunk))
+                shown = self._scorer.prepare(images[part]) if prepared is None else prepared[part]
+                parts.append(self._scorer.infer(shown))
             except Exception as error:  # ONNX Runtime's own errors have no common base but this
                 if not is_out_of_memory(error):
                     raise
-                if len(chunk) == 1:
+                n_shown = part.stop - part.start
+                if n_shown == 1:
                     raise ResourceError(self.model_hash, "one image fits into memory", error) from error
-                limit = self._batch_size = max(1, len(chunk) // 2)
+                limit = self._batch_size = max(1, n_shown // 2)
                 log.warning("ranker_batch_halved", extra={"batch_size": limit, "reason": str(error)})
                 continue
-            start += len(chunk)
+            start = part.stop
         scores = np.concatenate([np.asarray(s, np.float32).reshape(-1) for s, _ in parts])
         features = np.concatenate([np.asarray(f, np.float16) for _, f in parts])
         if len(scores) != len(images) or len(features) != len(images):
             value = f"{len(images)} images, {len(scores)} scores, {len(features)} features"
             raise ResourceError(self.model_hash, "the model gives one score and one feature an image", value)
-        return _Scored(scores, features, time.monotonic() - started)
+        return _Scored(scores, features, {"prepare": prepare_s, "inference": time.monotonic() - started})
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -352,55 +372,3 @@ def count_scores(scores: NDArray[np.float32]) -> tuple[int, ...]:
     """Return the histogram of scores in 100 equal bins over [0, 1]; what lies outside counts at the ends."""
     bins = np.clip((scores * N_HISTOGRAM_BINS).astype(np.int64), 0, N_HISTOGRAM_BINS - 1)
     return tuple(np.bincount(bins, minlength=N_HISTOGRAM_BINS).tolist())
-
-
-def find_usable_images(images: Images) -> NDArray[np.bool_]:
-    """Return which images [b, n, n] are finite everywhere and not one single value."""
-    if not len(images):
-        return np.zeros(0, dtype=bool)
-    flat = images.reshape(len(images), -1)
-    low, high = flat.min(axis=1), flat.max(axis=1)
-    is_usable: NDArray[np.bool_] = np.isfinite(low) & np.isfinite(high) & (high > low)
-    return is_usable
-
-
-def find_mendable_images(images: Images) -> NDArray[np.bool_]:
-    """Return which images [b, n, n] have two different finite values."""
-    flat = images.reshape(len(images), -1) if len(images) else images.reshape(0, 1)
-    is_finite = np.isfinite(flat)
-    low = flat.min(axis=1, where=is_finite, initial=np.inf)
-    high = flat.max(axis=1, where=is_finite, initial=-np.inf)
-    is_usable: NDArray[np.bool_] = high > low
-    return is_usable
-
-
-def read_images(
-    stack_paths: NDArray[np.object_],
-    stack_indices: NDArray[np.int64],
-    rows: NDArray[np.intp],
-    *,
-    chunk: int,
-) -> Iterator[tuple[NDArray[np.intp], Images]]:
-    """Yield (rows, images [b, n, n]) of at most `chunk` images, one stack after the other, by memory map."""
-    paths, inverse = np.unique(stack_paths[rows].astype(str), return_inverse=True)
-    for number, path in enumerate(paths):
-        mine = rows[inverse == number]
-        mine = mine[np.argsort(stack_indices[mine], kind="stable")]
-        stack = _map_stack(path)
-        if len(mine) and not 0 <= stack_indices[mine[0]] <= stack_indices[mine[-1]] < len(stack):
-            value = f"images {stack_indices[mine[0]] + 1} to {stack_indices[mine[-1]] + 1}"
-            raise InputError(path, f"an image's number lies in the stack of {len(stack)}", value)
-        for start in range(0, len(mine), chunk):
-            part = mine[start : start + chunk]
-            yield part, stack[stack_indices[part]].astype(np.float32)
-
-
-def _map_stack(path: str) -> NDArray[Any]:
-    layout = read_stack_layout(path)
-    if layout.shape_yx[0] != layout.shape_yx[1]:
-        raise InputError(path, "particle boxes are square", f"{layout.shape_yx[0]} x {layout.shape_yx[1]}")
-    shape = (layout.n_sections, *layout.shape_yx)
-    try:
-        return np.memmap(Path(path), layout.dtype, mode="r", offset=layout.data_offset, shape=shape)
-    except (OSError, ValueError) as error:
-        raise InputError(path, "the stack can be read", error) from error

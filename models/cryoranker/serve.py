@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,9 @@ from models.cryo_ief.config import ResizeMode
 from models.cryo_ief.preprocess import preprocess_particles
 from models.cryoranker.binding import DeviceBinding
 from models.cryoranker.providers import ON_GPU, OPENVINO, ProviderChoice, open_session
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 DEFAULT_MODEL = Path(__file__).with_name("default.onnx")
 """The ranker that ships with icestream; its model card is this folder's README."""
@@ -114,7 +117,7 @@ class OnnxRanker:
         features = np.empty((len(images), self.feature_dim), np.float16)
         for first in range(0, len(images), self.batch_size):
             part = slice(first, first + self.batch_size)
-            scores[part], features[part] = self._score_batch(images[part])
+            scores[part], features[part] = self.infer(self.prepare(images[part]))
         is_finite = np.isfinite(images)
         is_usable = is_finite.all(axis=(1, 2)) if self.outlier_sigmas is None else is_finite.any(axis=(1, 2))
         is_bad = ~is_usable
@@ -122,23 +125,15 @@ class OnnxRanker:
         features[is_bad] = 0
         return scores, features
 
-    def score_prepared(
-        self, particles: NDArray[np.float32]
-    ) -> tuple[NDArray[np.float32], NDArray[np.float16]]:
-        """Return scores and features of preprocessed particles `(b, 1, s, s)`, in one inference (int8: one each)."""
-        n_at_once = 1 if self.info.precision == "int8" else max(1, len(particles))
-        parts = [self._run(particles[i : i + n_at_once]) for i in range(0, max(1, len(particles)), n_at_once)]
-        scores, features = (np.concatenate(outputs) for outputs in zip(*parts, strict=True))
-        return np.asarray(scores, np.float32), np.asarray(features).astype(np.float16)
-
-    def _score_batch(self, images: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.float16]]:
+    def prepare(self, images: NDArray[Any]) -> NDArray[np.float32] | Tensor:
+        """Return the network's input `(b, 1, s, s)`: on the GPU where the session is there and can be fed from there."""
         info = self.info
-        if self._binding is not None and self.outlier_sigmas is None and info.precision != "int8":
+        if self._binding is not None and self.outlier_sigmas is None:
             from models.cryo_ief.preprocess_torch import is_covered
 
             if is_covered(images.shape[1], info.input_size_px, info.resize_mode):
-                return self._score_on_device(self._binding, images)
-        prepared = preprocess_particles(
+                return self._prepare_on_device(images, self._binding.device)
+        return preprocess_particles(
             images,
             info.input_size_px,
             info.mean,
@@ -147,22 +142,30 @@ class OnnxRanker:
             n_threads=self.n_threads,
             outlier_sigmas=self.outlier_sigmas,
         )
-        return self.score_prepared(prepared)
 
-    def _score_on_device(
-        self, binding: DeviceBinding, images: NDArray[Any]
+    def infer(
+        self, prepared: NDArray[np.float32] | Tensor
     ) -> tuple[NDArray[np.float32], NDArray[np.float16]]:
+        """Return scores `(b,)` and features `(b, d)` of prepared particles, in one inference (int8: one each)."""
+        n_at_once = 1 if self.info.precision == "int8" else max(1, len(prepared))
+        starts = range(0, max(1, len(prepared)), n_at_once)
+        parts = [self._run(prepared[i : i + n_at_once]) for i in starts]
+        scores, features = (np.concatenate(outputs) for outputs in zip(*parts, strict=True))
+        return np.asarray(scores, np.float32), np.asarray(features).astype(np.float16)
+
+    def _prepare_on_device(self, images: NDArray[Any], device: str) -> Tensor:
         import torch
 
         from models.cryo_ief.preprocess_torch import preprocess_tensor
 
         info = self.info
-        stack = torch.from_numpy(np.ascontiguousarray(images, np.float32)).to(binding.device)
-        prepared = preprocess_tensor(stack, info.input_size_px, info.mean, info.std, info.resize_mode)
-        scores, features = binding.run_tensor(prepared)
-        return scores, features.astype(np.float16)
+        stack = torch.from_numpy(np.ascontiguousarray(images, np.float32)).to(device)
+        return preprocess_tensor(stack, info.input_size_px, info.mean, info.std, info.resize_mode)
 
-    def _run(self, particles: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def _run(self, prepared: NDArray[np.float32] | Tensor) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        if self._binding is not None and not isinstance(prepared, np.ndarray):
+            return self._binding.run_tensor(prepared)
+        particles = np.asarray(prepared)
         if self._binding is not None and len(particles):
             return self._binding.run(particles)
         score, feature = self._session.run(["score", "feature"], {"particles": particles})

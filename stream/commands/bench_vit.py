@@ -189,7 +189,7 @@ def _score_prepared(
     ranker: OnnxRanker, prepared: NDArray[np.float32], batch_size: int
 ) -> NDArray[np.float32]:
     starts = range(0, len(prepared), batch_size)
-    return np.concatenate([ranker.score_prepared(prepared[s : s + batch_size])[0] for s in starts])
+    return np.concatenate([ranker.infer(prepared[s : s + batch_size])[0] for s in starts])
 
 
 def _score_path(

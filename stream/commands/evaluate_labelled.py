@@ -175,7 +175,7 @@ def _read_grey(table: ParticleTable, model: EncodingModel) -> tuple[NDArray[np.i
     """Return the rows whose images have a signal, and those images' grey levels at the model's input size."""
     import numpy as np
 
-    from actors.ranker import find_usable_images
+    from actors.stack_images import find_usable_images
     from models.cryo_ief.preprocess import to_grey_levels
     from stream.ingest.particle_table import iterate_images
 

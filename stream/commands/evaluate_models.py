@@ -52,9 +52,7 @@ def load_encoding_model(path: Path) -> EncodingModel:
             import numpy as np
 
             parts = [
-                ranker.score_prepared(
-                    normalise_grey_levels(grey[i : i + 64], ranker.info.mean, ranker.info.std)
-                )
+                ranker.infer(normalise_grey_levels(grey[i : i + 64], ranker.info.mean, ranker.info.std))
                 for i in range(0, len(grey), 64)
             ]
             return Encoded(

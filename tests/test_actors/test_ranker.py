@@ -13,7 +13,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from actors.ranker import BatchingRanker, ImageScores, count_scores, find_mendable_images, read_images
+from actors.ranker import BatchingRanker, ImageScores, count_scores
+from actors.stack_images import find_mendable_images, read_images
 from stream.records.commands import Rank
 from stream.records.errors import ConfigurationError, InputError, ResourceError
 from stream.records.particles import derive_particle_uid
@@ -35,7 +36,10 @@ class MeanScorer:
         self.batches: list[int] = []
         self.boxes: set[int] = set()
 
-    def score(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def prepare(self, images: np.ndarray) -> np.ndarray:
+        return images
+
+    def infer(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         self.batches.append(len(images))
         self.boxes.add(images.shape[1])
         scores = images[:, 0, 0]
@@ -211,8 +215,8 @@ def test_a_scorer_that_mends_pixels_is_shown_every_image_with_two_finite_values(
 
 def test_scores_that_are_no_numbers_are_counted_as_excluded(layout: OutputLayout, cache: FeatureCache):
     class Broken(MeanScorer):
-        def score(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            scores, features = super().score(images)
+        def infer(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            scores, features = super().infer(images)
             return np.where(scores > 0.5, np.nan, scores), features
 
     result = BatchingRanker(Broken(), cache).rank(make_exposure(layout, 1, 40), layout)
@@ -236,12 +240,12 @@ def test_a_partial_batch_waits_for_a_reader_no_longer_than_allowed(layout: Outpu
 
 def test_too_large_a_batch_is_halved_for_good(layout: OutputLayout, cache: FeatureCache):
     class Small(MeanScorer):
-        def score(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        def infer(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             if len(images) > 5:
                 raise RuntimeError(
                     "[ONNXRuntimeError] BFCArena: Failed to allocate memory for requested buffer"
                 )
-            return super().score(images)
+            return super().infer(images)
 
     scorer = Small()
     ranker = BatchingRanker(scorer, cache, batch_size=16)
@@ -253,9 +257,78 @@ def test_too_large_a_batch_is_halved_for_good(layout: OutputLayout, cache: Featu
     )
 
 
+def test_a_batch_that_cannot_be_prepared_at_once_is_prepared_in_parts(
+    layout: OutputLayout, cache: FeatureCache
+):
+    class Narrow(MeanScorer):
+        def prepare(self, images: np.ndarray) -> np.ndarray:
+            if len(images) > 5:
+                raise RuntimeError("CUDA error: out of memory")
+            return images
+
+    scorer = Narrow()
+    ranker = BatchingRanker(scorer, cache, batch_size=16)
+    assert ranker.rank(make_exposure(layout, 1, 40), layout).n_scored == 40
+    assert ranker.batch_size == 4
+    assert max(scorer.batches) <= 5
+    uids = uids_of(ExposureId("exposure1"), 40)
+    np.testing.assert_array_equal(cache.lookup("mean", uids)[1], true_scores(1, 40))
+
+
+def test_reading_resizing_inference_and_writing_go_on_side_by_side(
+    layout: OutputLayout, cache: FeatureCache, monkeypatch
+):
+    """Each of the four steps waits until the next two batches have begun the step before it, which only a pipeline can do."""
+    n_batches, lag = 8, 10.0
+    begun = {step: threading.Semaphore(0) for step in ("read", "prepare", "infer")}
+    late: list[str] = []
+
+    def wait_for(step: str) -> None:
+        if not begun[step].acquire(timeout=lag):
+            late.append(step)
+
+    class Watched(MeanScorer):
+        def prepare(self, images: np.ndarray) -> np.ndarray:
+            begun["prepare"].release()
+            return images
+
+        def infer(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            begun["infer"].release()
+            if len(self.batches) == 1:  # while the second batch is inferred …
+                wait_for("prepare")
+                wait_for("prepare")
+                wait_for("prepare")  # … the third is resized …
+                for _ in range(4):
+                    wait_for("read")  # … and the fourth is read
+            return super().infer(images)
+
+    def read(*arguments: object, chunk: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for part in read_images(*arguments, chunk=chunk):  # type: ignore[arg-type]
+            begun["read"].release()
+            yield part
+
+    appended = []
+    append = cache.append
+
+    def store(*arguments: object) -> None:
+        if not appended:  # the first rows are stored while later batches are still to be inferred
+            for _ in range(4):
+                wait_for("infer")
+            appended.append(True)
+        append(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("actors.ranker.read_images", read)
+    monkeypatch.setattr("actors.ranker._ROWS_PER_APPEND", 4)
+    monkeypatch.setattr(cache, "append", store)
+    ranker = BatchingRanker(Watched(), cache, batch_size=4)
+    result = ranker.rank(make_exposure(layout, 1, 4 * n_batches), layout)
+    assert result.n_scored == 4 * n_batches
+    assert not late
+
+
 def test_one_image_that_does_not_fit_is_the_machines_failure(layout: OutputLayout, cache: FeatureCache):
     class Tiny(MeanScorer):
-        def score(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        def infer(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             raise MemoryError
 
     with pytest.raises(ResourceError, match="fits into memory"):
@@ -268,10 +341,10 @@ def test_an_error_of_the_model_reaches_every_caller_and_the_ranker_goes_on(
     class Moody(MeanScorer):
         is_well = False
 
-        def score(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        def infer(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             if not self.is_well:
                 raise ValueError("bad graph")
-            return super().score(images)
+            return super().infer(images)
 
     scorer = Moody()
     ranker = BatchingRanker(scorer, cache, batch_size=64)
@@ -317,9 +390,9 @@ def test_callers_hold_a_bounded_number_of_images(layout: OutputLayout, cache: Fe
     released = threading.Event()
 
     class Slow(MeanScorer):
-        def score(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        def infer(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             released.wait(20)
-            return super().score(images)
+            return super().infer(images)
 
     ranker = BatchingRanker(Slow(), cache, batch_size=4)
     command = make_exposure(layout, 1, 200)

@@ -221,9 +221,7 @@ def test_a_failed_run_gives_its_buffers_back_so_that_a_smaller_batch_may_fit():
         binding.run(particles)
     assert not binding._by_size
     small.n = 4
-    np.testing.assert_allclose(
-        binding.run(particles[:4])[0], ranker.score_prepared(particles[:4])[0], atol=1e-6
-    )
+    np.testing.assert_allclose(binding.run(particles[:4])[0], ranker.infer(particles[:4])[0], atol=1e-6)
 
 
 @pytest.mark.parametrize(("box", "size"), [(320, 224), (301, 224), (96, 64), (64, 64)])
