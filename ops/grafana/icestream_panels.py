@@ -259,13 +259,29 @@ MAP = Row(
             ),
         ),
         Panel(
-            title="Controller runs", about="Engine runs by kind and outcome.",
+            title="Controller runs", about="Engine runs by what they were for and outcome.",
             queries=(
                 Query(
                     expr=f"sum by (kind, outcome) (icestream_controller_runs_total{{{ME}}}) > 0",
                     legend="{{kind}} {{outcome}}",
                 ),
             ),
+        ),
+        Panel(
+            title="Campaigns", about="Rows of runs that were started, by what they were due for.",
+            queries=(
+                Query(expr=f"sum by (trigger) (icestream_campaigns_total{{{ME}}})", legend="{{trigger}}"),
+            ),
+        ),
+        Panel(
+            title="Advice", about="What stands now: 1 good to know, 2 something is wrong. icestream status has the words.",
+            queries=(Query(expr=f"max by (kind) (icestream_advice{{{ME}}})", legend="{{kind}}"),),
+            minimum=0, maximum=2,
+        ),
+        Panel(
+            title="Predicted gain", about="What twice the particles would gain in resolution: expected, low and high end.",
+            queries=(Query(expr=f"icestream_predicted_gain_angstroms{{{ME}}}", legend="{{bound}}"),),
+            unit="suffix: Å", minimum=0,
         ),
         Panel(
             title="Run time", about="Mean duration of the engine runs of the last 6 hours.",

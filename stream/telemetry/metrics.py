@@ -13,13 +13,14 @@ raises `InvariantError`.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import assert_never
 
 from prometheus_client import CollectorRegistry
 
+from stream.records.advice import Advice, AdviceKind
 from stream.records.errors import InvariantError
 from stream.records.events import (
     CampaignEnded,
@@ -53,15 +54,28 @@ from stream.records.values import (
     InputKind,
     PreprocessResult,
     RankResult,
+    RunId,
+    RunPurpose,
     RunResult,
 )
 from stream.telemetry.scores import N_SCORE_BINS, RecentScores
-from stream.telemetry.series import QUARANTINE_REASONS, REJECTION_RULES, STEPS, Series, classify_reason
+from stream.telemetry.series import (
+    ADVICE_LEVELS,
+    QUARANTINE_REASONS,
+    REJECTION_RULES,
+    STEPS,
+    Series,
+    classify_reason,
+)
 from stream.telemetry.server import MetricsServer
 
 MAX_FOLLOWED = 100_000
 """Movies followed at once for their latency; ten days at 400 an hour, about 20 MB. The oldest is dropped."""
 
+_CHOSEN_VIEWS = frozenset({RunPurpose.CLUSTER, RunPurpose.UNION})
+"""Runs on views that were chosen for their likeness: their cFAR says nothing about the specimen."""
+
+_GAIN_BOUNDS = {"expected": "gain_angstrom", "low": "gain_low_angstrom", "high": "gain_high_angstrom"}
 _ENGINES = ("embedded", "cryosparc", "relion")
 
 
@@ -80,13 +94,15 @@ class Snapshot:
     `states` holds every exposure once and adds up to `n_found`; `rejected_by` counts the rejected ones by rule.
     `is_gain_unknown` says that movies are held back for the gain reference's sake. `quarantine_reasons` counts the free-text
     reasons of what is in quarantine now. Volumes have short fixed names ("output"), not paths.
-    `worker_restarts` counts per pool since this process started. None or an absent key leaves a gauge as it was.
+    `worker_restarts` counts per pool since this process started. Without an
+    accepted map its gauges are absent; otherwise None or an absent key leaves a gauge as it was.
     """
 
     n_found: int
     states: Mapping[str, int]
     rejected_by: Mapping[str, int] = field(default_factory=dict)
     n_particles_in_use: int = 0
+    advice: Sequence[Advice] = ()
     accepted_map: RunResult | None = None
     gain_residual: float | None = None
     gain_residual_limit: float | None = None
@@ -132,7 +148,7 @@ class Telemetry:
         self._last_arrival: float | None = None
         self._particle_files: set[str] = set()
         self._expected_interval_s = expected_interval_s
-        self._is_map_known = False
+        self._purposes: dict[RunId, RunPurpose] = {}
         self._shown_map: RunResult | None = None
         self._worker_restarts: Counter[str] = Counter()
         self._server: MetricsServer | None = None
@@ -172,24 +188,26 @@ class Telemetry:
                 series.movies.labels(event.stage.value, outcome).inc()
                 if is_input:
                     self._found_at.pop(event.exposure_id, None)
+            case CampaignStarted(request=campaign):
+                series.campaigns.labels(campaign.trigger.value).inc()
+            case RunStarted(request=run):
+                self._purposes[run.run_id] = run.purpose
             case RunEnded():
                 self._take_run(event.result)
             case RunFailed():
-                self._count_run("failed")
+                self._count_run(event.run_id, "failed")
             case DiskSpaceChanged():
                 series.disk_low.set(event.is_low)
             case InputEnded() | DrainRequested():
                 series.session_open.set(0)
             case RunCancelled():
-                self._count_run("superseded")
+                self._count_run(event.run_id, "cancelled")
             case (
                 GainOriented()
                 | QualityLimitsChanged()
                 | ExposureOverruled()
                 | SessionDecided()
-                | CampaignStarted()
                 | CampaignEnded()
-                | RunStarted()
                 | ClusteringStarted()
                 | ParticlesClustered()
                 | ClusteringFailed()
@@ -271,14 +289,16 @@ class Telemetry:
 
     def _take_run(self, result: RunResult) -> None:
         series = self._series
-        is_resolved = result.resolution_angstrom is not None
-        self._count_run("resolved" if is_resolved else "unresolved")
-        self._is_map_known = self._is_map_known or is_resolved
+        purpose = self._purposes.get(result.run_id)
+        self._count_run(result.run_id, "unresolved" if result.resolution_angstrom is None else "resolved")
         self._take_seconds("engine", result.seconds)
-        series.latest_run.show(result, _label_engine(result))
+        if purpose not in _CHOSEN_VIEWS:
+            series.latest_run.show(result, _label_engine(result))
 
-    def _count_run(self, outcome: str) -> None:
-        self._series.runs.labels("update" if self._is_map_known else "first", outcome).inc()
+    def _count_run(self, run_id: RunId, outcome: str) -> None:
+        purpose = self._purposes.get(run_id)
+        if purpose is not None:
+            self._series.runs.labels(purpose.value, outcome).inc()
 
     # --- gauges --------------------------------------------------------------------------------------
 
@@ -306,14 +326,14 @@ class Telemetry:
         for rule in REJECTION_RULES:
             series.rejected.labels(rule).set(snapshot.rejected_by.get(rule, 0))
         series.particles_in_use.set(snapshot.n_particles_in_use)
+        self._show_advice(snapshot.advice)
         series.gain_unknown.set(snapshot.is_gain_unknown)
         if snapshot.gain_residual is not None:
             series.gain_residual.set(snapshot.gain_residual)
         if snapshot.gain_residual_limit is not None:
             series.gain_residual_limit.set(snapshot.gain_residual_limit)
-        if snapshot.accepted_map is not None and snapshot.accepted_map != self._shown_map:
-            self._shown_map = snapshot.accepted_map
-            series.accepted_map.show(snapshot.accepted_map, _label_engine(snapshot.accepted_map))
+        if snapshot.accepted_map != self._shown_map:
+            self._show_map(snapshot.accepted_map)
         if snapshot.quarantine_reasons is not None:
             by_reason = Counter(dict.fromkeys(QUARANTINE_REASONS, 0))
             for text, count in snapshot.quarantine_reasons.items():
@@ -328,6 +348,26 @@ class Telemetry:
         for pool, count in snapshot.worker_restarts.items():
             series.worker_restarts.labels(pool).inc(max(0, count - self._worker_restarts[pool]))
             self._worker_restarts[pool] = count
+
+    def _show_map(self, accepted: RunResult | None) -> None:
+        """Show the accepted map; a person may have rejected the only one."""
+        self._shown_map = accepted
+        self._series.accepted_map.clear()
+        if accepted is not None:
+            self._series.accepted_map.show(accepted, _label_engine(accepted))
+
+    def _show_advice(self, advice: Sequence[Advice]) -> None:
+        by_kind = {item.kind: item for item in advice}
+        for kind in AdviceKind:
+            standing = by_kind.get(kind)
+            level = ADVICE_LEVELS[None if standing is None else standing.severity]
+            self._series.advice.labels(kind.value).set(level)
+        growth = by_kind.get(AdviceKind.STOP) or by_kind.get(AdviceKind.GROWTH)
+        self._series.predicted_gain.clear()
+        for bound, number in _GAIN_BOUNDS.items():
+            value = None if growth is None else growth.numbers.get(number)
+            if value is not None:
+                self._series.predicted_gain.labels(bound).set(value)
 
     # --- the endpoint --------------------------------------------------------------------------------
 

@@ -15,22 +15,26 @@ from dataclasses import fields
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
 from prometheus_client.metrics_core import Metric
 
-from stream.records.values import QualityLimits, RunResult
+from stream.records.advice import AdviceKind, Severity
+from stream.records.values import CampaignTrigger, QualityLimits, RunPurpose, RunResult
 from stream.telemetry.scores import ScoreDistribution
 
 STAGES = ("ingest", "preprocess", "rank")
 MOVIE_OUTCOMES = ("done", "input_error", "resource_error")
 MILESTONES = ("preprocessed", "ranked")
 DECISIONS = ("accepted", "below_threshold", "unscored")
-RUN_KINDS = ("first", "update")
-RUN_OUTCOMES = ("resolved", "unresolved", "failed", "superseded")
+RUN_KINDS = tuple(purpose.value for purpose in RunPurpose)
+RUN_OUTCOMES = ("resolved", "unresolved", "failed", "cancelled")
+CAMPAIGN_TRIGGERS = tuple(trigger.value for trigger in CampaignTrigger)
+ADVICE_KINDS = tuple(kind.value for kind in AdviceKind)
+ADVICE_LEVELS = {None: 0, Severity.INFO: 1, Severity.WARNING: 2}
 STEPS = (
     "read", "motion", "ctf", "pick", "extract", "write", "import",
     "lookup", "inference", "store",
     "collect", "initial_model", "refine", "diagnostics",
     "other",
 )  # fmt: skip
-REJECTION_RULES = (*(field.name for field in fields(QualityLimits)), "overruled")
+REJECTION_RULES = (*(field.name for field in fields(QualityLimits)), "overruled", "excluded_time")
 QUARANTINE_REASONS = (
     "permission", "vanished", "truncated", "format", "dimensions", "gain", "metadata", "values", "machine", "other",
 )  # fmt: skip
@@ -109,11 +113,16 @@ class MapGauges:
 
     def show(self, result: RunResult, engine: str) -> None:
         """Show one run; what it could not determine is absent."""
+        self.clear()
         for figure, gauge in self._gauges.items():
-            gauge.clear()
             value = getattr(result, figure)
             if value is not None:
                 gauge.labels(engine).set(value)
+
+    def clear(self) -> None:
+        """Show none."""
+        for gauge in self._gauges.values():
+            gauge.clear()
 
 
 class Series:
@@ -126,6 +135,7 @@ class Series:
         self._declare_particles()
         self._declare_quality()
         self._declare_runs()
+        self._declare_advice()
         self._declare_machine()
         self.build = Info("icestream_build", "Version of the running service.", registry=self.registry)
         self.build.info({"version": version, "python": platform.python_version()})
@@ -321,17 +331,41 @@ class Series:
     def _declare_runs(self) -> None:
         self.runs = Counter(
             "icestream_controller_runs_total",
-            "Engine runs by kind (first: before there was any map; update: after) and outcome.",
+            "Engine runs by what they were for and outcome.",
             ["kind", "outcome"],
             registry=self.registry,
         )
         for kind in RUN_KINDS:
             for outcome in RUN_OUTCOMES:
                 self.runs.labels(kind, outcome)
+        self.campaigns = Counter(
+            "icestream_campaigns_total",
+            "Campaigns of engine runs that were started, by what they were due for.",
+            ["trigger"],
+            registry=self.registry,
+        )
+        for trigger in CAMPAIGN_TRIGGERS:
+            self.campaigns.labels(trigger)
         # Absent, not zero, until a run has measured them: a resolution of 0 would be a lie.
         self.accepted_map = MapGauges(self.registry, "icestream", "the accepted map")
         self.latest_run = MapGauges(
-            self.registry, "icestream_latest_run", "the latest run that ended, accepted or not"
+            self.registry, "icestream_latest_run", "the latest run on all views that ended, accepted or not"
+        )
+
+    def _declare_advice(self) -> None:
+        self.advice = Gauge(
+            "icestream_advice",
+            "Advice that stands, by what it is about: 0 none, 1 good to know, 2 something is wrong.",
+            ["kind"],
+            registry=self.registry,
+        )
+        for kind in ADVICE_KINDS:
+            self.advice.labels(kind)
+        self.predicted_gain = Gauge(
+            "icestream_predicted_gain_angstroms",
+            "What twice the particles are predicted to gain in resolution: expected, and low and high end of its band.",
+            ["bound"],
+            registry=self.registry,
         )
 
     def _declare_machine(self) -> None:

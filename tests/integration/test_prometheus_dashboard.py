@@ -13,17 +13,20 @@ from typing import Any
 import numpy as np
 import pytest
 
+from stream.records.advice import Advice, AdviceKind, Severity
 from stream.records.events import (
     ExposureFound,
     ExposurePreprocessed,
     ExposureRanked,
     FileRejected,
     RunEnded,
+    RunStarted,
     SessionOpened,
     StageFailed,
 )
 from stream.records.values import (
     AcquisitionMetadata,
+    CampaignId,
     CtfFit,
     Exposure,
     ExposureId,
@@ -31,9 +34,12 @@ from stream.records.values import (
     FileIdentity,
     InputKind,
     MotionSummary,
+    ParticleSubset,
     PreprocessResult,
     RankResult,
     RunId,
+    RunPurpose,
+    RunRequest,
     RunResult,
     Stage,
 )
@@ -65,6 +71,14 @@ pytestmark = [
 ]
 
 N_MOVIES = 60
+GROWTH_ADVICE = (
+    Advice(
+        kind=AdviceKind.GROWTH,
+        severity=Severity.INFO,
+        words="",
+        numbers={"gain_angstrom": 0.2, "gain_low_angstrom": 0.1, "gain_high_angstrom": 0.3},
+    ),
+)
 MOVIES_AFTER_RESTART = 24
 
 
@@ -131,6 +145,7 @@ class Session:
         self.n_particles += sum(histogram[40:])
         if self.n_done % 20 == 0:
             run = self._run()
+            self.telemetry.observe(RunStarted(at=at, request=self._request(run)))
             self.telemetry.observe(RunEnded(at=at, result=run))
             # The first run is the accepted map: later ones must not show as it.
             self.accepted_map = self.accepted_map or run
@@ -180,12 +195,29 @@ class Session:
             seconds={"initial": 40.0, "refine": 90.0},
         )
 
+    def _request(self, run: RunResult) -> RunRequest:
+        return RunRequest(
+            run_id=run.run_id,
+            campaign_id=CampaignId("c001"),
+            purpose=RunPurpose.UPDATE if self.accepted_map else RunPurpose.INITIAL,
+            subset=ParticleSubset(score_threshold=0.4),
+            n_particles=run.n_particles,
+            model_hash="m",
+            symmetry="D2",
+            mask_diameter_angstrom=None,
+            start_map=None,
+            warm_start=None,
+            compare_with=None,
+            reason="",
+        )
+
     def _snapshot(self) -> Snapshot:
         return Snapshot(
             n_found=self.n_done + 1,
             states={"waiting": 0, "in_work": 0, "done": self.n_done, "rejected": 0, "quarantined": 1},
             n_particles_in_use=self.n_particles,
             accepted_map=self.accepted_map,
+            advice=GROWTH_ADVICE,
             gain_residual=0.01,
             gain_residual_limit=0.05,
             queue_depth={"preprocess": 3, "rank": 1},
@@ -244,7 +276,9 @@ def test_panels_show_the_session_that_was_played(watched):
     assert shown("cFAR") == {"engine=embedded": pytest.approx(0.7)}
     assert shown("Feature cache") == {"": pytest.approx(0.1)}
     assert 0.6 < next(iter(shown("Median score").values())) < 0.8
-    assert shown("Controller runs") == {"kind=first,outcome=resolved": 1, "kind=update,outcome=resolved": 2}
+    assert shown("Advice")["kind=growth"] == 1
+    assert shown("Predicted gain")["bound=high"] == pytest.approx(0.3)
+    assert shown("Controller runs") == {"kind=initial,outcome=resolved": 1, "kind=update,outcome=resolved": 2}
     distribution = shown("Score distribution, whole session")
     assert distribution["le=1.0"] == 200 * N_MOVIES
     assert 0.2 < distribution["le=0.4"] / distribution["le=1.0"] < 0.4

@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stream.control.quality import RULE_NAMES
+from stream.records.advice import Advice, AdviceKind, Severity
 from stream.records.errors import ConfigurationError, InvariantError, ResourceError
 from stream.records.events import (
+    CampaignStarted,
     DiskSpaceChanged,
     DrainRequested,
     Event,
@@ -24,11 +26,16 @@ from stream.records.events import (
     RunCancelled,
     RunEnded,
     RunFailed,
+    RunStarted,
     SessionOpened,
     StageFailed,
 )
 from stream.records.values import (
     AcquisitionMetadata,
+    CampaignId,
+    CampaignPlan,
+    CampaignRequest,
+    CampaignTrigger,
     CtfFit,
     Exposure,
     ExposureId,
@@ -36,15 +43,26 @@ from stream.records.values import (
     FileIdentity,
     InputKind,
     MotionSummary,
+    ParticleSubset,
     PreprocessResult,
     RankResult,
     RunId,
+    RunPurpose,
+    RunRequest,
     RunResult,
     Stage,
+    SweepPolicy,
 )
 from stream.telemetry.metrics import MAX_FOLLOWED, Snapshot, Telemetry, Volume
 from stream.telemetry.scores import RecentScores
-from stream.telemetry.series import QUARANTINE_REASONS, REJECTION_RULES, classify_reason, list_declared_names
+from stream.telemetry.series import (
+    QUARANTINE_REASONS,
+    REJECTION_RULES,
+    RUN_KINDS,
+    RUN_OUTCOMES,
+    classify_reason,
+    list_declared_names,
+)
 
 PEERS_MINIMAL_SET = {
     "icestream_movies_total",
@@ -284,20 +302,100 @@ def test_followed_movies_are_bounded_and_leave_when_finished(monkeypatch: pytest
     assert list(telemetry._found_at) == ["m2"]
 
 
-def test_runs_are_first_until_a_map_resolved_and_updates_after():
-    telemetry = observed([*STORY, RunFailed(at=70.0, run_id=RunId("u"), reason="worker died")])
+def run_started(run_id: str, purpose: RunPurpose) -> RunStarted:
+    request = RunRequest(
+        run_id=RunId(run_id),
+        campaign_id=CampaignId("c"),
+        purpose=purpose,
+        subset=ParticleSubset(score_threshold=0.4),
+        n_particles=5000,
+        model_hash="m",
+        symmetry="C1",
+        mask_diameter_angstrom=None,
+        start_map=None,
+        warm_start=None,
+        compare_with=None,
+        reason="",
+    )
+    return RunStarted(at=50.0, request=request)
+
+
+def test_runs_are_counted_by_purpose_and_outcome():
+    events = [
+        run_started("r", RunPurpose.INITIAL),
+        run_ended(60.0, None, None),
+        run_started("r", RunPurpose.SWEEP),
+        run_ended(61.0, 7.5, 0.6),
+        run_started("s", RunPurpose.UPDATE),
+        RunCancelled(at=62.0, run_id=RunId("s"), reason="superseded"),
+        run_started("u", RunPurpose.UPDATE),
+        RunFailed(at=70.0, run_id=RunId("u"), reason="worker died"),
+    ]
+    telemetry = observed(events)
     counts = {
         (k, o): value(telemetry, "icestream_controller_runs_total", kind=k, outcome=o)
-        for k in ("first", "update")
-        for o in ("resolved", "unresolved", "failed", "superseded")
+        for k in RUN_KINDS
+        for o in RUN_OUTCOMES
     }
     assert {key for key, n in counts.items() if n == 1} == {
-        ("first", "unresolved"),
-        ("update", "superseded"),
+        ("initial", "unresolved"),
+        ("sweep", "resolved"),
+        ("update", "cancelled"),
         ("update", "failed"),
-        ("first", "resolved"),
     }
     assert sum(n or 0 for n in counts.values()) == 4
+
+
+def test_a_run_on_chosen_views_is_not_the_latest_run_that_is_shown():
+    telemetry = observed(
+        [run_ended(60.0, 7.5, 0.6), run_started("r", RunPurpose.CLUSTER), run_ended(61.0, 9.0, 0.02)]
+    )
+    assert value(telemetry, "icestream_latest_run_cfar_ratio", engine="embedded") == 0.6
+
+
+def test_campaigns_are_counted_by_trigger():
+    request = CampaignRequest(
+        campaign_id=CampaignId("c"),
+        trigger=CampaignTrigger.LOSS,
+        plan=CampaignPlan.LIGHT,
+        sweep=SweepPolicy.PAPER,
+        n_particles=5000,
+        score_threshold=0.4,
+        model_hash="m",
+        symmetry="C1",
+        mask_diameter_angstrom=None,
+        start_map=None,
+        warm_start=None,
+        search_sizes=(),
+        n_parts=1,
+        turns=(),
+        count_range=None,
+        reason="",
+    )
+    telemetry = observed([CampaignStarted(at=1.0, request=request)])
+    assert value(telemetry, "icestream_campaigns_total", trigger="loss") == 1
+    assert value(telemetry, "icestream_campaigns_total", trigger="rung") == 0
+
+
+def advice(kind: AdviceKind, severity: Severity, **numbers: float | None) -> Advice:
+    return Advice(kind=kind, severity=severity, words="", numbers=numbers)
+
+
+def test_advice_is_shown_by_kind_and_leaves_when_it_no_longer_stands():
+    telemetry = Telemetry("1")
+    standing = [
+        advice(AdviceKind.SCORE_FALL, Severity.WARNING),
+        advice(
+            AdviceKind.GROWTH, Severity.INFO, gain_angstrom=0.2, gain_low_angstrom=0.1, gain_high_angstrom=0.3
+        ),
+    ]
+    telemetry.set_gauges(Snapshot(n_found=0, states={}, advice=standing))
+    levels = {k.value: value(telemetry, "icestream_advice", kind=k.value) for k in AdviceKind}
+    assert {kind: level for kind, level in levels.items() if level} == {"score_fall": 2, "growth": 1}
+    assert value(telemetry, "icestream_predicted_gain_angstroms", bound="high") == 0.3
+    telemetry.set_gauges(Snapshot(n_found=0, states={}))
+    assert value(telemetry, "icestream_advice", kind="score_fall") == 0
+    assert value(telemetry, "icestream_predicted_gain_angstroms", bound="high") is None
 
 
 def test_a_latest_runs_figures_are_absent_until_measured_and_leave_when_a_run_could_not_tell():
