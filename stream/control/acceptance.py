@@ -50,9 +50,19 @@ class Acceptance:
     @property
     def run(self) -> RunRecord | None:
         """The run with the accepted map, or None."""
-        pinned = self._runs.get(self._wishes.pinned_run) if self._wishes.pinned_run is not None else None
-        if pinned is not None and pinned.result is not None:
-            return pinned
+        return self._pinned or self._latest
+
+    @property
+    def _pinned(self) -> RunRecord | None:
+        """The run that a person pinned, once it has a map."""
+        run_id = self._wishes.pinned_run
+        run = None if run_id is None else self._runs.get(run_id)
+        has_map = run is not None and run.result is not None and run.result.resolution_angstrom is not None
+        return run if has_map else None
+
+    @property
+    def _latest(self) -> RunRecord | None:
+        """The last one accepted that no person rejected; where all were, the best of the others that pass."""
         rejected = self._wishes.rejected_runs
         kept = [run_id for run_id in self._accepted if run_id not in rejected]
         if kept:
@@ -105,4 +115,10 @@ class Acceptance:
     def _accept(self, at: float, run: RunRecord, reason: str) -> None:
         self._accepted.append(run.run_id)
         words = "" if run.result is None else f": {describe_result(run.result)}"
-        self._decisions.add(at, f"accept {run.run_id}{words}", reason)
+        pinned = self._pinned
+        if pinned is not None and pinned is not run:
+            self._decisions.add(
+                at, f"hold {run.run_id} in reserve{words}", f"{pinned.run_id} is pinned; {reason}"
+            )
+        else:
+            self._decisions.add(at, f"accept {run.run_id}{words}", reason)

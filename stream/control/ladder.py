@@ -7,6 +7,8 @@ started, whatever the settings say today.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from stream.control.acceptance import Acceptance
 from stream.control.books import ExposureBooks
 from stream.control.branch import find_forecast
@@ -138,7 +140,8 @@ class RunLadder:
             )
         if not self._policy.enabled:
             return [self._end(at, active, "runs are switched off")]
-        step = find_next_step(active, self._policy)
+        repeats = active.request.repeats
+        step = find_next_step(active if repeats is None else self.campaigns[repeats], self._policy)
         if isinstance(step, Conclusion):
             chosen = self.acceptance.choose(active, step.chosen)
             return [
@@ -175,13 +178,16 @@ class RunLadder:
         due = find_due(now, None if last is None else last.request, self._policy)
         if due is None or last is None or due.trigger is not CampaignTrigger.END:
             return due
-        # The end asks for nothing that the last campaign does already, or has done.
-        is_repeat = (
-            (last.is_active or last.is_complete)
-            and is_same_work(self._plan(due, is_complete=is_complete), last.request)
-            and self._has_same_members(last)
+        # The end asks for nothing that the last campaign is doing, or did for the same reason.
+        is_over = last.is_complete and last.request.trigger is CampaignTrigger.END
+        is_known = (last.is_active or is_over) and self._has_done(
+            last, self._plan(due, is_complete=is_complete)
         )
-        return None if is_repeat else due
+        return None if is_known else due
+
+    def _has_done(self, campaign: CampaignRecord, request: CampaignRequest) -> bool:
+        """Tell whether a campaign is of the runs from nothing that `request` asks for, on the exposures of now."""
+        return is_same_work(request, campaign.request) and self._has_same_members(campaign)
 
     def _has_same_members(self, campaign: CampaignRecord) -> bool:
         return (
@@ -220,8 +226,12 @@ class RunLadder:
     def _plan(self, due: Due, *, is_complete: bool) -> CampaignRequest:
         now = self._standing(is_complete=is_complete)
         campaign_id = CampaignId(f"campaign{len(self.campaigns) + 1:03d}")
-        last = None if self.last is None else self.last.request
-        return plan_campaign(due, now, last, campaign_id, self._policy)
+        last = self.last
+        request = plan_campaign(due, now, None if last is None else last.request, campaign_id, self._policy)
+        if due.trigger is CampaignTrigger.END and last is not None and last.is_complete:
+            repeats = last.request.campaign_id if self._has_done(last, request) else None
+            return replace(request, repeats=repeats)
+        return request
 
     @staticmethod
     def _end(at: float, campaign: CampaignRecord, reason: str) -> CampaignEnded:
@@ -329,11 +339,13 @@ class RunLadder:
         record = self._in_work.pop(result.run_id, None)
         if record is None:
             return
-        template = self.template
+        template, before = self.template, self.best
         record.state, record.result = RunState.ENDED, without_nan(result)
         record.verdict = describe_verdict(record.result, self._policy)
         self._decisions.add(at, f"judge {result.run_id}", record.verdict)
         self._compare(at, record)
+        if self._wishes.pinned_run == record.run_id:
+            self.review(at, before)
         self.acceptance.offer(at, record, self._wishes.symmetry or self._policy.symmetry)
         self._tell_template(at, template)
 

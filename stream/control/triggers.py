@@ -187,6 +187,7 @@ def plan_campaign(
         n_parts=n_parts,
         turns=policy.turns if count_range is not None else (),
         count_range=count_range,
+        repeats=None,
         reason=due.reason + flat,
     )
 
@@ -217,5 +218,6 @@ def _work_of(request: CampaignRequest) -> CampaignRequest:
         trigger=CampaignTrigger.END,
         start_map=None,
         warm_start=None,
+        repeats=None,
         reason="",
     )

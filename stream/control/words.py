@@ -14,6 +14,8 @@ from stream.records.values import (
 
 def describe_campaign(request: CampaignRequest) -> str:
     """Say what a campaign is going to do."""
+    if request.repeats is not None:
+        return f"{request.campaign_id}: {request.repeats} has had the same particles"
     parts = []
     if request.start_map is not None:
         parts.append(f"continue {request.start_map}")

@@ -270,7 +270,8 @@ class CampaignRequest:
     `n_particles` is k, the number above `score_threshold`. `start_map` and `warm_start` are those of the run that
     continues the accepted map (None = no such run). `search_sizes` are the sizes of the runs from nothing (empty =
     none); `n_parts` counts the nested parts of the sweep, `turns` and `count_range` are the numbers of runs and
-    the least and greatest count of a search by turns (empty and None with nested parts).
+    the least and greatest count of a search by turns (empty and None with nested parts). `repeats` names a campaign
+    that did these runs already: none is started, and its choice is taken.
     """
 
     campaign_id: CampaignId
@@ -288,6 +289,7 @@ class CampaignRequest:
     n_parts: int
     turns: tuple[int, ...]
     count_range: tuple[int, int] | None
+    repeats: CampaignId | None
     reason: str
 
 
