@@ -33,11 +33,17 @@ COVERAGE = 0.9
 MIN_ROTATIONS = 128
 """Rotations kept per image at least: at a grid's spacing the first step is surer of itself than it should be."""
 
-MAX_ROTATIONS = 320
+MAX_ROTATIONS = 256
 """Kept at most: with all coefficients the posterior is narrower than in the first step."""
 
-MIN_SHARE = 1e-3
-"""A rotation that holds less of an image's posterior is left out of the sums, its share given to the others."""
+MIN_COVERAGE = 0.4
+"""Where that many hold less than this, images say little about their pose and nothing is left out."""
+
+MAX_SUMMED = 40
+"""Rotations per image that enter the sums; they get what share the others had."""
+
+MIN_SHARE = 2e-3
+"""A rotation that holds less of an image's posterior is left out of the sums."""
 
 _BLOCK_BYTES = 24_000_000
 
@@ -72,7 +78,10 @@ def sum_slices(
     phases = batch.plane.phases(search.shifts_xy_px)
     sums, weight_sums = torch.zeros((n_rotations, k2)), torch.zeros((n_rotations, k2 // 2))
     with fast_products():
-        if coarse is None:
+        chosen = None
+        if coarse is not None:
+            chosen = _choose_rotations(batch, images, weights, projections, coarse, beta)
+        if chosen is None:
             size = block_size(phases.shape[0], n_rotations)
             for part, part_weights in zip(images.split(size), weights.split(size), strict=True):
                 matrix = shifted_matrix(part, phases)
@@ -80,7 +89,6 @@ def sum_slices(
                 _normalise(posterior)
                 add_slice_sums(sums, weight_sums, posterior, matrix, part_weights)
         else:
-            chosen = _choose_rotations(batch, images, weights, projections, coarse, beta)
             size = max(1, _BLOCK_BYTES // (chosen.shape[1] * 8 * k2))
             for part, part_weights, part_chosen in zip(
                 images.split(size), weights.split(size), chosen.split(size), strict=True
@@ -105,8 +113,8 @@ def _choose_rotations(
     projections: Projections,
     coarse: CoarseSearch,
     beta: float,
-) -> Int[Tensor, "b m"]:
-    """Return the rotations that hold the mass at the smaller radius, best first."""
+) -> Int[Tensor, "b m"] | None:
+    """Return the rotations that hold the mass at the smaller radius, best first; None where too few do."""
     low = projections.cropped(coarse.n_coefficients)
     plane = batch.plane.cropped(coarse.n_coefficients)
     phases = plane.phases(coarse.search.shifts_xy_px)
@@ -119,6 +127,8 @@ def _choose_rotations(
         mass, index = shares.topk(len(covered), dim=1)
         covered += mass.cumsum(1).sum(0)
         found.append(index)
+    if float(covered[-1]) < MIN_COVERAGE * len(images):
+        return None
     n_needed = int((covered < COVERAGE * len(images)).sum()) + 1
     return torch.cat(found)[:, : max(MIN_ROTATIONS, n_needed)]
 
@@ -136,13 +146,15 @@ def _add_chosen(
     """Add the sums of a block whose posterior is computed at `chosen` alone."""
     scores = score_chosen(matrix, weights, projections, chosen, search, beta)
     _normalise(scores)
-    shares = scores.sum(1)
+    shares, top = scores.sum(1).topk(min(MAX_SUMMED, chosen.shape[1]), dim=1)
+    scores = scores.gather(2, top[:, None, :].expand(-1, scores.shape[1], -1))
     is_kept = shares >= MIN_SHARE
     rows, columns = is_kept.nonzero(as_tuple=True)
-    scores = scores / (shares * is_kept).sum(1)[:, None, None]
-    sums.index_add_(0, chosen[rows, columns], torch.bmm(scores.transpose(1, 2), matrix)[rows, columns])
-    kept = scores.sum(1)[rows, columns]
-    weight_sums.index_add_(0, chosen[rows, columns], kept[:, None] * weights[rows])
+    scale = 1.0 / (shares * is_kept).sum(1).clamp_min(1e-6)
+    sums_of_images = torch.bmm(scores.transpose(1, 2), matrix)[rows, columns] * scale[rows, None]
+    place = chosen.gather(1, top)[rows, columns]
+    sums.index_add_(0, place, sums_of_images)
+    weight_sums.index_add_(0, place, (shares[rows, columns] * scale[rows])[:, None] * weights[rows])
 
 
 def score_chosen(

@@ -138,7 +138,7 @@ def run_once(name: str, seed: int) -> dict[str, Any]:
     particles = simulate_particles(name, N_PARTICLES, BOX_PX, SNR, seed)
     pixel = particles.pixel_size_angstrom
     data = particle_data(particles.images, pixel, particles.ctf)
-    settings = OnlineEmSettings(n_iterations=80, last_batch=400)
+    settings = OnlineEmSettings(n_iterations=60, last_batch=400)
     started, started_cpu = time.perf_counter(), time.process_time()
     model = find_initial_model(data, settings, torch.eye(3)[None], n_starts=N_STARTS, seed=seed)
     seconds, cpu_s = time.perf_counter() - started, time.process_time() - started_cpu
