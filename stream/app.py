@@ -28,6 +28,7 @@ from stream.records.events import (
 )
 from stream.records.values import Stage
 from stream.requests import take_inbox
+from stream.status import advise_session
 from stream.store.files import replacing
 from stream.store.inbox import Inbox
 from stream.store.journal import Journal
@@ -188,6 +189,7 @@ class Service:
             states={state.value: controller.n_by_state[state] for state in ExposureState},
             rejected_by=controller.n_rejected_by,
             n_particles_in_use=controller.n_above_threshold,
+            advice=advise_session(controller),
             accepted_map=controller.best_run,
             gain_residual=controller.gain_residual.mean,
             gain_residual_limit=controller.settings.max_gain_residual,

@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from models.cryoranker.providers import ProviderChoice
+from stream.control.advice import AdviceSettings
 from stream.control.settings import ControllerSettings, RunPolicy
 from stream.records.errors import ConfigurationError
 from stream.records.values import Optics, QualityLimits, SweepPolicy
@@ -250,6 +251,20 @@ class PolicySettings(_Section):
         )
 
 
+class AdviceChoice(_Section):
+    """Numbers that advice goes by."""
+
+    low_cfar: Fraction = 0.5
+    low_cfar_ratio: Fraction = 0.5
+    even_cfar_ratio: Annotated[float, Field(ge=0, le=2)] = 0.8
+    max_cfar_drift: Fraction = 0.05
+    min_gain_angstrom: Annotated[float, Field(ge=0)] = 0.1
+    min_gain_fraction: Fraction = 0.03
+    nyquist_margin: Annotated[float, Field(ge=1)] = 1.05
+    min_score_fall: Fraction = 0.2
+    min_particles_per_exposure: Annotated[float, Field(ge=0)] = 10.0
+
+
 class EngineChoice(_Section):
     """Which engine reconstructs, and with what."""
 
@@ -300,6 +315,7 @@ class SessionSettings(_Section):
     ranker: RankerSettings = RankerSettings()
     policy: PolicySettings = PolicySettings()
     engine: EngineChoice = EngineChoice()
+    advice: AdviceChoice = AdviceChoice()
     runtime: RuntimeSettings = RuntimeSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
 
@@ -345,6 +361,7 @@ class SessionSettings(_Section):
             n_gain_residual_movies=a.gain_residual_movies,
             is_picking_by_template=self.particle.picker == "template-after-map",
             template_min_resolution_angstrom=self.particle.template_min_resolution_angstrom,
+            advice=AdviceSettings(**self.advice.model_dump()),
         )
 
     def to_yaml(self) -> str:

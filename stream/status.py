@@ -6,11 +6,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from stream.control.advice import EndedRun, SessionFacts, advise
 from stream.control.controller import Controller
 from stream.control.exposures import ExposureState
 from stream.control.runs import RunRecord
 from stream.control.settings import ControllerSettings
 from stream.quality_report import count_rejected_by, list_overruled, list_rejected
+from stream.records.advice import Advice
 from stream.records.errors import ConfigurationError
 from stream.records.values import Stage
 from stream.store.journal import read_journal
@@ -36,7 +38,7 @@ def summarize(controller: Controller) -> dict[str, Any]:
             "rejected": sum(r.n_particles for r in records if r.state is ExposureState.REJECTED),
             "scored": n_scored,
             "above_threshold": controller.n_above_threshold,
-            "score_threshold": controller.settings.score_threshold,
+            "score_threshold": controller.score_threshold,
         },
         "balanced": found == sum(counts.values()),
         "runs": [_describe_run(run) for run in controller.runs.values()],
@@ -57,12 +59,36 @@ def summarize(controller: Controller) -> dict[str, Any]:
             "orientation": None if gain.orientation is None else asdict(gain.orientation),
             "residual": controller.gain_residual.mean,
         },
+        "advice": [
+            {"kind": a.kind.value, "severity": a.severity.value, "words": a.words, "numbers": dict(a.numbers)}
+            for a in advise_session(controller)
+        ],
         "holds": {stage.value: reason for stage in Stage if (reason := controller.find_hold(stage))},
         "decisions": [
             {"at": d.at, "what": d.what, "why": d.why}
             for d in list(controller.decisions)[-N_DECISIONS_SHOWN:]
         ],
     }
+
+
+def advise_session(controller: Controller) -> tuple[Advice, ...]:
+    """Return the advice that stands now; runs that a person rejected have no say."""
+    rejected = controller.wishes.rejected_runs
+    runs = [
+        EndedRun(request=run.request, result=run.result)
+        for run_id, run in controller.runs.items()
+        if run.result is not None and run_id not in rejected
+    ]
+    gain, residual = controller.gain, controller.gain_residual.mean
+    facts = SessionFacts(
+        runs=runs,
+        trend=controller.trend,
+        score_threshold=controller.score_threshold,
+        gain_residual=residual,
+        gain_residual_limit=controller.settings.max_gain_residual,
+        gain_hold=gain.hold if gain.is_given_up else None,
+    )
+    return advise(facts, controller.settings.advice)
 
 
 def _describe_run(run: RunRecord) -> dict[str, Any]:

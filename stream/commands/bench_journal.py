@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from stream.control.controller import Controller
-from stream.control.settings import ControllerSettings
+from stream.control.settings import ControllerSettings, RunPolicy
 from stream.records.events import Event, ExposureFound, ExposurePreprocessed, ExposureRanked
 from stream.records.particles import derive_exposure_id
 from stream.records.values import (
@@ -132,7 +132,7 @@ def replay(path: Path) -> dict[str, Any]:
     """Replay a journal into a controller and report seconds and memory of this process."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     started = time.perf_counter()
-    controller = Controller(ControllerSettings(runs_enabled=False))
+    controller = Controller(ControllerSettings(runs=RunPolicy(enabled=False)))
     for event in read_journal(path):
         controller.handle(event)
     seconds = time.perf_counter() - started

@@ -22,6 +22,7 @@ from stream.control.ladder import RunLadder
 from stream.control.quality import EXCLUDED, Breach, describe_limits, figures_of
 from stream.control.runs import RunRecord, RunState
 from stream.control.settings import ControllerSettings
+from stream.control.trend import ScoreTrend
 from stream.control.wishes import Wishes
 from stream.records.commands import Command, Preprocess, Rank, RunMember
 from stream.records.errors import InvariantError
@@ -83,6 +84,7 @@ class Controller:
         self.request_ids: set[str] = set()
         self.gain = GainSearch(settings)
         self.gain_residual = ResidualWatch(settings)
+        self.trend = ScoreTrend()
         self.is_input_ended = False
         self.is_draining = False
         self._is_disk_low = False
@@ -164,6 +166,11 @@ class Controller:
     def settings(self) -> ControllerSettings:
         """The rules this controller was made with."""
         return self._settings
+
+    @property
+    def score_threshold(self) -> float:
+        """The threshold in force: a person's, or else the configured one."""
+        return self._books.score_threshold
 
     @property
     def n_by_state(self) -> Counter[ExposureState]:
@@ -329,6 +336,8 @@ class Controller:
         record.figures = figures_of(result)
         record.preprocessed = result if result.n_particles and result.particles is not None else None
         record.attempts = 0
+        if record.preprocessed is None:
+            self.trend.add(record.figures, ())
         self._settle(record)
         if result.gain_residual is not None and (said := self.gain_residual.take(result.gain_residual)):
             self.decisions.add(at, "watch the gain reference", said)
@@ -341,6 +350,7 @@ class Controller:
         record.model_hash = self._books.model_hash = result.model_hash
         record.n_unscored = result.n_excluded
         record.preprocessed = None
+        self.trend.add(record.figures, result.score_histogram)
         self._settle(record)
         if self._is_everything_ranked:
             self._tell_if_too_few(at, "the last exposure is scored")
@@ -515,7 +525,8 @@ class Controller:
         """Let what a person decided take effect: the threshold, excluded times, the accepted map."""
         what = self.wishes.history[-1].what
         self.decisions.add(event.at, what, event.reason or "no reason given")
-        self._books.score_threshold = self.wishes.score_threshold or self._settings.score_threshold
+        wished = self.wishes.score_threshold
+        self._books.score_threshold = self._settings.score_threshold if wished is None else wished
         self._judge_again(self.exposures.values())
         self._ladder.review(event.at, best)
         if event.wish.kind is WishKind.FORCE_RUN:

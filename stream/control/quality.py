@@ -78,7 +78,7 @@ RULES: tuple[Rule, ...] = (
     Rule(limit="min_picks", figure="n_picks", words="picks", decimals=0),
     Rule(limit="max_picks", figure="n_picks", words="picks", decimals=0),
 )
-RULE_NAMES: tuple[str, ...] = (*(rule.limit for rule in RULES), OVERRULED)
+RULE_NAMES: tuple[str, ...] = (*(rule.limit for rule in RULES), OVERRULED, EXCLUDED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from stream.control.advice import AdviceSettings
 from stream.records.values import SweepPolicy
 
 
@@ -72,3 +73,4 @@ class ControllerSettings:
     n_gain_residual_movies: int = 20
     is_picking_by_template: bool = False
     template_min_resolution_angstrom: float = 20.0
+    advice: AdviceSettings = field(default_factory=AdviceSettings)

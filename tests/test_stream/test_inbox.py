@@ -10,7 +10,7 @@ from story import found, preprocessed, ranked
 
 from stream.control.controller import Controller
 from stream.control.exposures import ExposureState
-from stream.control.settings import ControllerSettings
+from stream.control.settings import ControllerSettings, RunPolicy
 from stream.records.events import Event, ExposureOverruled, QualityLimitsChanged
 from stream.requests import take_inbox
 from stream.store.inbox import Inbox, LimitsRequest, OverruleRequest
@@ -26,7 +26,7 @@ class Session:
 
     def __init__(self, folder: Path) -> None:
         self.journal = Journal(folder / "journal.sqlite")
-        self.controller = Controller(ControllerSettings(runs_enabled=False))
+        self.controller = Controller(ControllerSettings(runs=RunPolicy(enabled=False)))
         self.inbox = Inbox(folder / "inbox")
         for event in self.journal.replay():
             self.controller.handle(event)

@@ -370,6 +370,7 @@ def test_campaigns_are_counted_by_trigger():
         n_parts=1,
         turns=(),
         count_range=None,
+        repeats=None,
         reason="",
     )
     telemetry = observed([CampaignStarted(at=1.0, request=request)])
