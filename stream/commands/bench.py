@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -30,15 +31,35 @@ def bench(
         typer.Option(help="Movies, files, particles, pixels or seeds; default: the recorded size."),
     ] = None,
     folder: Annotated[Path | None, typer.Option(help="Where to work; default: a temporary folder.")] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            help="convergence: structures and seeds (rod:0-3,antibody); engine: sets (ribozyme,betagal)."
+        ),
+    ] = None,
+    box_px: Annotated[int | None, typer.Option(help="engine: side of the images.")] = None,
+    limit_s: Annotated[
+        float | None, typer.Option(help="engine: seconds after which RELION is stopped.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Rerun one benchmark."""
-    if name not in BENCHMARKS:
-        raise ConfigurationError("bench", f"a benchmark is one of {', '.join(BENCHMARKS)}", name)
+    """Rerun one benchmark; convergence and engine keep what they did in --folder and go on from there."""
+    if name not in (*BENCHMARKS, *LONG_BENCHMARKS):
+        known = ", ".join((*BENCHMARKS, *LONG_BENCHMARKS))
+        raise ConfigurationError("bench", f"a benchmark is one of {known}", name)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="icestream-bench-", dir=folder) as work:
-        figures = BENCHMARKS[name](Path(work), size)
+    with contextlib.ExitStack() as stack:
+        if name in LONG_BENCHMARKS and folder is not None:
+            work = folder
+        else:
+            work = Path(
+                stack.enter_context(tempfile.TemporaryDirectory(prefix="icestream-bench-", dir=folder))
+            )
+        if name in LONG_BENCHMARKS:
+            figures = LONG_BENCHMARKS[name](work, size, part, box_px, limit_s)
+        else:
+            figures = BENCHMARKS[name](work, size)
     if as_json:
         print_json(figures[0] if len(figures) == 1 else {"name": name, "figures": figures, **figures[0]})
         return

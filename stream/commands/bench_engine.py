@@ -132,7 +132,7 @@ def _run_set(folder: Path, name: str, n_particles: int, box_px: int, limit_s: fl
         own_time, own_initial, note = clock.stop(n_iterations=0), {}, f"refused: {refusal.rule}"
         _write_start(initial, prepared)
     their_time = run_relion(
-        ["relion_refine", *_common(prepared), *INITIAL_MODEL.split(), "--sym", prepared.symmetry],
+        ["relion_refine", *relion_input(prepared), *INITIAL_MODEL.split(), "--sym", prepared.symmetry],
         work / "relion_initial", limit_s,
     )  # fmt: skip
     their_initial = _measure_latest(work / "relion_initial", r"run_it(\d+)_class001\.mrc", prepared)
@@ -161,7 +161,7 @@ def _run_set(folder: Path, name: str, n_particles: int, box_px: int, limit_s: fl
     their_time = run_relion(
         [
             *MPI_RUN.split(),
-            "relion_refine_mpi", *_common(prepared), *AUTO_REFINE.split(), "--sym", prepared.symmetry,
+            "relion_refine_mpi", *relion_input(prepared), *AUTO_REFINE.split(), "--sym", prepared.symmetry,
             "--ref", str(initial), "--ini_high", f"{START_ANGSTROM:.0f}",
         ],
         work / "relion_refine", limit_s,
@@ -187,7 +187,8 @@ def _run_set(folder: Path, name: str, n_particles: int, box_px: int, limit_s: fl
     return figures
 
 
-def _common(prepared: PreparedSet) -> list[str]:
+def relion_input(prepared: PreparedSet) -> list[str]:
+    """Return what both of RELION's programs are told of a set."""
     return [
         "--i",
         prepared.star.name,

@@ -1,0 +1,146 @@
+"""The benchmarks of the reconstruction: sets of known truth, runs that go on where they were, peers that are stopped."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from models.reconstruction.online_em import OnlineEmSettings
+from models.reconstruction.particle_data import particle_data
+from models.reconstruction.volume_io import write_volume
+from stream.commands import bench_convergence, bench_engine
+from stream.commands.bench_convergence import (
+    grid_error_deg,
+    near_symmetric_rod,
+    run_convergence_benchmark,
+    simulate_particles,
+    summarise,
+)
+from stream.commands.bench_engine import PreparedSet, measure_map, prepare_set, run_relion
+from stream.ingest.particle_sets import read_particle_table
+from stream.records.errors import ConfigurationError
+
+
+def test_simulated_particles_have_the_stated_noise_and_poses() -> None:
+    particles = simulate_particles("rod", 60, 32, 0.05, seed=3)
+    assert int(particles.is_junk.sum()) == 3
+    clean = simulate_particles("rod", 60, 32, 1e6, seed=3)
+    assert torch.equal(clean.rotations, particles.rotations)
+    signal = clean.images[~clean.is_junk].var(dim=(1, 2)).mean()
+    noise = (particles.images - clean.images).var(dim=(1, 2)).mean()
+    assert float(signal / noise) == pytest.approx(0.05, rel=0.03)
+    # Without noise, matching against the truth finds the poses to what a 15° grid allows.
+    good = (~clean.is_junk).nonzero()[:, 0]
+    data = particle_data(clean.images, clean.pixel_size_angstrom, clean.ctf).take(good)
+    settings = OnlineEmSettings(last_shell=11.0)
+    error = grid_error_deg(clean.truth, data, clean.rotations[good], settings, 0)
+    assert error < 12.0
+    wrong = grid_error_deg(clean.truth.flip(0).roll(1, 0), data, clean.rotations[good].flip(0), settings, 0)
+    assert wrong > 40.0
+
+
+def test_the_rod_is_nearly_the_same_upside_down() -> None:
+    volume = near_symmetric_rod(32).volume()
+    turned = volume.flip((0, 1)).roll((1, 1), (0, 1))
+    correlation = float(torch.corrcoef(torch.stack((volume.flatten(), turned.flatten())))[0, 1])
+    assert 0.85 < correlation < 0.97
+
+
+def test_runs_that_are_done_are_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[tuple[str, int]] = []
+
+    def run(name: str, seed: int) -> dict[str, Any]:
+        ran.append((name, seed))
+        return made_up_run(name, seed, error=10.0)
+
+    monkeypatch.setattr(bench_convergence, "run_once", run)
+    run_convergence_benchmark(tmp_path, part="rod:0-1,antibody:3")
+    figures = run_convergence_benchmark(tmp_path, part="rod:0-2")
+    assert ran == [("rod", 0), ("rod", 1), ("antibody", 3), ("rod", 2)]
+    assert [(f["name"], f["value"], f["unit"]) for f in figures] == [
+        ("convergence, rod", 3, "of 3 solved"),
+        ("convergence, antibody", 1, "of 1 solved"),
+    ]
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 4
+
+
+def made_up_run(name: str, seed: int, *, error: float, is_refused: bool = False) -> dict[str, Any]:
+    return {
+        "structure": name,
+        "seed": seed,
+        "is_solved": error <= 12.0,
+        "is_refused": is_refused,
+        "median_error_deg": error,
+        "oracle_error_deg": 8.0,
+        "ratio": error / 8.0,
+        "cpu_s": 60.0,
+    }
+
+
+def test_a_wrong_map_that_was_accepted_is_counted_apart() -> None:
+    runs = [
+        made_up_run("rod", 0, error=9.0),
+        made_up_run("rod", 1, error=9.0, is_refused=True),
+        made_up_run("rod", 2, error=50.0, is_refused=True),
+        made_up_run("rod", 3, error=60.0),
+    ]
+    figure = summarise(runs)[0]
+    assert (figure["value"], figure["unit"]) == (2, "of 4 solved")
+    assert (figure["refused"], figure["solved_and_refused"], figure["wrong_and_accepted"]) == (2, 1, 1)
+    assert figure["worst_ratio"] == 7.5
+
+
+@pytest.mark.parametrize("part", ["ribosome", "rod:a", "rod:1-b"])
+def test_an_unknown_part_is_named(tmp_path: Path, part: str) -> None:
+    with pytest.raises(ConfigurationError, match="--part"):
+        run_convergence_benchmark(tmp_path, part=part)
+
+
+def test_an_unknown_set_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="betagal"):
+        bench_engine.run_engine_benchmark(tmp_path, part="ribosome")
+
+
+@pytest.fixture
+def rod_set(tmp_path: Path) -> PreparedSet:
+    return prepare_set(tmp_path, "rod", 60, 32)
+
+
+def test_a_prepared_set_reads_back_with_halves_and_a_normal_background(rod_set: PreparedSet) -> None:
+    table = read_particle_table(rod_set.star, root=rod_set.star.parent)
+    assert len(table) == 60
+    assert table.box_size_px == 32
+    assert rod_set.pixel_size_angstrom == pytest.approx(6.0)
+    assert np.unique(np.asarray(table.half_sets), return_counts=True)[1].tolist() == [30, 30]
+
+
+def test_a_map_is_measured_whatever_its_frame(rod_set: PreparedSet, tmp_path: Path) -> None:
+    path = tmp_path / "map.mrc"
+    turned = rod_set.truth.permute(2, 0, 1).flip(1).roll(1, 1)  # a rotation and a mirror
+    write_volume(path, turned, rod_set.pixel_size_angstrom)
+    assert measure_map(path, rod_set)["truth_mean_fsc"] > 0.9
+    noise = torch.randn(rod_set.truth.shape, generator=torch.Generator().manual_seed(0))
+    write_volume(tmp_path / "noise.mrc", noise, rod_set.pixel_size_angstrom)
+    assert measure_map(tmp_path / "noise.mrc", rod_set)["truth_mean_fsc"] < 0.5
+
+
+@pytest.mark.skipif(shutil.which("relion_refine") is None, reason="RELION is not installed")
+def test_relion_is_stopped_at_its_limit_and_its_time_is_counted(rod_set: PreparedSet, tmp_path: Path) -> None:
+    command = ["relion_refine", *bench_engine.relion_input(rod_set), *bench_engine.INITIAL_MODEL.split()]
+    run = run_relion(command, tmp_path / "out", 3.0)
+    assert not run.is_finished
+    assert 3.0 <= run.wall_s < 25.0
+    assert run.cpu_s > 0.1
+    assert run.n_iterations < bench_engine.N_SGD_ITERATIONS
+
+
+def test_a_failing_peer_is_an_error_with_its_log(rod_set: PreparedSet, tmp_path: Path) -> None:
+    if shutil.which("relion_refine") is None:
+        pytest.skip("RELION is not installed")
+    with pytest.raises(RuntimeError, match=r"log\.txt"):
+        run_relion(["relion_refine", "--i", "absent.star"], tmp_path / "out", 20.0)
