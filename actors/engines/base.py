@@ -28,7 +28,9 @@ class EngineSettings:
     """What the user may choose.
 
     `mask_diameter_angstrom` None = 85 % of the box; `max_box_px` bounds the working box (larger images are
-    Fourier-cropped); `n_starts` counts independent starts of the initial model.
+    Fourier-cropped); `n_starts` counts independent starts of the initial model. `mask` is a solvent mask in [0, 1]
+    on the particles' box, used instead of the sphere and of the mask made from the map. `refine_defocus` searches
+    every particle's defocus around the given one.
     """
 
     symmetry: str = "C1"
@@ -38,14 +40,22 @@ class EngineSettings:
     n_starts: int = 2
     effort: Effort = "normal"
     max_box_px: int = 96
+    mask: Path | None = None
+    refine_defocus: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineInput:
-    """The particle table, and the folder that its image paths are relative to."""
+    """The particle table, and the folder that its image paths are relative to.
+
+    `clusters` names each particle's feature cluster (labels by uid, `stream.sinks.exporter.write_labels`) and
+    `clustering` what they are called: sums are then kept per cluster, and unions.json tells which union is best.
+    """
 
     particles_star: Path
     root: Path
+    clusters: Path | None = None
+    clustering: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -53,7 +53,7 @@ class Checkpoint:
 def digest_of(settings: EngineSettings, *files: Path | None, more: Mapping[str, Any] | None = None) -> str:
     """Return a digest of files' contents and settings; the number of threads does not matter to a result."""
     document = {k: v for k, v in asdict(settings).items() if k != "n_threads"} | dict(more or {})
-    total = hashlib.sha256(json.dumps(document, sort_keys=True).encode())
+    total = hashlib.sha256(json.dumps(document, sort_keys=True, default=str).encode())
     for file in files:
         content = b"" if file is None else file.read_bytes()
         total.update(len(content).to_bytes(8, "little"))

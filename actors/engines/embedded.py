@@ -30,14 +30,16 @@ from actors.engines.base import (
 )
 from actors.engines.checkpoint import CHECKPOINT_NAME, Checkpoint, digest_of
 from actors.engines.incremental_run import measure_growth, refine_incrementally, state_after
-from actors.engines.particle_images import LoadedParticles, load_particles
+from actors.engines.particle_images import LoadedParticles, load_particles, read_mask
 from actors.engines.run_folder import RunFolder, RunSummary, measure_orientation
 from actors.engines.state_file import write_state
+from actors.engines.union_run import UNIONS_NAME, write_unions
 from models.fourier.point_groups import symmetry_matrices
 from models.fourier.rotations import euler_to_matrix
 from models.fourier.volumes import resample_volume
 from models.reconstruction.acceptance import ROUND_SHARE
 from models.reconstruction.fsc import masked_fsc
+from models.reconstruction.half_set import WarmPoses
 from models.reconstruction.halfmaps import combine_halves
 from models.reconstruction.incremental import IncrementalState
 from models.reconstruction.initial_model import InitialModel, find_initial_model
@@ -49,7 +51,6 @@ from models.reconstruction.refinement import (
     Refinement,
     RefinementProgress,
     RefinementResult,
-    WarmPoses,
 )
 from models.reconstruction.symmetry import impose_symmetry, symmetry_score
 from models.reconstruction.volume_io import read_volume, write_volume
@@ -59,6 +60,9 @@ from stream.store.files import replacing
 
 _EFFORT = {"quick": (50, 300), "normal": (80, 400), "thorough": (120, 600)}
 """Iterations and last batch of the initial model. The full recipe is "thorough"; weaker ones need more starts."""
+
+PIXEL_SIZE_TOLERANCE = 0.02
+"""Relative; calibrations of one microscope differ by less, binning by more."""
 
 MIN_SYMMETRY_SCORE = 0.5
 """A start map whose copies correlate less is searched for its axes before the group is imposed."""
@@ -143,9 +147,12 @@ class EmbeddedEngine:
         """Refine both halves from the map's 30 Å shape (and known poses); write the run folder into `out`."""
         clock = _Clock()
         group = _group(settings.symmetry)
-        particles = load_particles(source.particles_star, source.root, max_box_px=settings.max_box_px)
-        notes = _exclusion_notes(particles)
-        reference = _reference(initial_map, particles, group, notes)
+        particles = load_particles(
+            source.particles_star, source.root, max_box_px=settings.max_box_px, clusters=source.clusters
+        )
+        notes = _loading_notes(particles)
+        reference = _reference(initial_map, particles, group, settings.symmetry, notes)
+        mask = None if settings.mask is None else read_mask(settings.mask, particles)
         warm = _warm_poses(warm_start_poses, source.root, particles, notes)
         clock.lap("load")
 
@@ -169,7 +176,8 @@ class EmbeddedEngine:
         own = _refinement_settings(settings, particles)
         with _one_thread():
             outcome = None
-            if warm_start_poses is not None:
+            # The sums know neither a mask of the user's nor defocus that changes.
+            if warm_start_poses is not None and mask is None and not settings.refine_defocus:
                 outcome = refine_incrementally(
                     particles, warm_start_poses.with_name(STATE_NAME), warm_start_poses, source.root, own, group,
                     seed=settings.seed, n_threads=settings.n_threads, check=check,
@@ -177,9 +185,11 @@ class EmbeddedEngine:
             if outcome is None:
                 checkpoint = Checkpoint(
                     out / CHECKPOINT_NAME,
-                    digest_of(settings, source.particles_star, initial_map, warm_start_poses),
+                    digest_of(settings, source.particles_star, initial_map, warm_start_poses, settings.mask),
                 )
-                result = _refine(particles, reference, settings, own, group, warm, check, report, checkpoint)
+                result = _refine(
+                    particles, reference, mask, settings, own, group, warm, check, report, checkpoint
+                )
                 state = state_after(particles, result, own, group)
             else:
                 result, state = outcome.result, outcome.state
@@ -189,7 +199,7 @@ class EmbeddedEngine:
         if state is not None:
             write_state(folder.state, state)
         clock.lap("state")
-        output = _finish(particles, result, state, settings, group, folder, clock, notes)
+        output = _finish(particles, result, state, mask, settings, source, group, folder, clock, notes)
         (out / CHECKPOINT_NAME).unlink(missing_ok=True)
         return output
 
@@ -254,7 +264,9 @@ def _mask_fraction(settings: EngineSettings, particles: LoadedParticles) -> floa
     return min(0.95, diameter / particles.data.box_angstrom)
 
 
-def _reference(initial_map: Path, particles: LoadedParticles, group: Tensor, notes: list[str]) -> Tensor:
+def _reference(
+    initial_map: Path, particles: LoadedParticles, group: Tensor, symmetry: str, notes: list[str]
+) -> Tensor:
     """Read the start map onto the working grid; if it lacks the group's axes where they belong, find them."""
     data = particles.data
     try:
@@ -262,10 +274,16 @@ def _reference(initial_map: Path, particles: LoadedParticles, group: Tensor, not
     except ValueError as error:
         raise InputError(initial_map, "the initial map is a finite cubic MRC map", error) from error
     volume = resample_volume(volume, pixel_size, data.pixel_size_angstrom, data.box_size_px)
-    if len(group) == 1 or symmetry_score(volume, group, max_shell=8.0) >= MIN_SYMMETRY_SCORE:
+    if len(group) == 1:
+        return volume
+    score = symmetry_score(volume, group, max_shell=8.0)
+    if score >= MIN_SYMMETRY_SCORE:
+        notes.append(f"the initial map has {symmetry} with score {score:.2f} (1 = exact)")
         return volume
     fit = impose_symmetry(volume, group, max_shell=9.0)
     notes.append(f"symmetry axes found on the initial map with score {fit.score:.2f} (1 = exact)")
+    if fit.score < MIN_SYMMETRY_SCORE:
+        notes.append(f"the initial map does not have {symmetry}: it was imposed nevertheless")
     return fit.symmetrised
 
 
@@ -303,6 +321,7 @@ def _refinement_settings(settings: EngineSettings, particles: LoadedParticles) -
 def _refine(
     particles: LoadedParticles,
     reference: Tensor,
+    mask: Tensor | None,
     settings: EngineSettings,
     own: RefinementSettings,
     group: Tensor,
@@ -315,7 +334,8 @@ def _refine(
     try:
         refinement = Refinement(
             particles.data, particles.half_set, reference, own, group, generator, warm, check,
-            n_threads=settings.n_threads,
+            groups=particles.groups, solvent_mask=mask, n_threads=settings.n_threads,
+            defocus=particles.defocus_model() if settings.refine_defocus else None,
         )  # fmt: skip
     except ValueError as error:
         raise InputError(particles.table.source, "the initial map fits the images", error) from error
@@ -332,7 +352,9 @@ def _finish(
     particles: LoadedParticles,
     result: RefinementResult,
     state: IncrementalState | None,
+    given_mask: Tensor | None,
     settings: EngineSettings,
+    source: EngineInput,
     group: Tensor,
     folder: RunFolder,
     clock: _Clock,
@@ -342,7 +364,9 @@ def _finish(
     data = particles.data
     pixel_size = data.pixel_size_angstrom
     generator = torch.Generator().manual_seed(settings.seed + 1)
-    mask = mask_from_map(0.5 * (result.half1 + result.half2), pixel_size)
+    mask = given_mask
+    if mask is None:
+        mask = mask_from_map(0.5 * (result.half1 + result.half2), pixel_size)
     curves = masked_fsc(result.half1, result.half2, mask, pixel_size, generator=generator)
     combined = combine_halves(
         result.half1, result.half2, curves.corrected, pixel_size, curves.resolution_angstrom
@@ -364,6 +388,14 @@ def _finish(
         local = folder.write_local_resolution(found, combined.volume, pixel_size)
     clock.lap("local_resolution")
     growth = None if state is None else measure_growth(state, mask, folder.growth_picture)
+    if state is not None and source.clusters is not None:
+        write_unions(
+            state,
+            mask,
+            folder.path / UNIONS_NAME,
+            clustering=source.clustering,
+            cfar_null=diagnostics.cfar_null,
+        )
     clock.lap("growth")
     if curves.resolution_angstrom is None:
         notes.append("the halves do not correlate beyond chance: no resolution")
@@ -383,12 +415,31 @@ def _finish(
         seconds=clock.seconds,
         growth=growth,
         local_resolution=local,
+        images=_describe_images(particles, result),
     )
     return folder.write_summary(summary)
 
 
-def _exclusion_notes(particles: LoadedParticles) -> list[str]:
-    return [f"{n} particles left out: {reason}" for reason, n in particles.excluded.items()]
+def _describe_images(particles: LoadedParticles, result: RefinementResult) -> dict[str, Any]:
+    """Say what the refinement found out about single images and micrographs."""
+    micrograph, offset = particles.groups.micrograph, result.defocus_offset_angstrom
+    named = [(name, result.scales[micrograph == i]) for i, name in enumerate(particles.micrographs)]
+    return {
+        "scale_of_micrograph": {name: round(float(s.mean()), 4) for name, s in named if len(s)},
+        "n_below_half_weight": int((result.weights < 0.5).sum()),
+        "mean_weight": float(result.weights.mean()),
+        "defocus_offset_sd_angstrom": float(offset.std()) if bool(offset.any()) else None,
+    }
+
+
+def _loading_notes(particles: LoadedParticles) -> list[str]:
+    notes = [f"{n} particles left out: {reason}" for reason, n in particles.excluded.items()]
+    told = particles.stack_pixel_size_angstrom
+    used = float(particles.table.pixel_size_angstrom[0])
+    # 1 Å is what programs write that do not know.
+    if told is not None and abs(told - 1.0) > 1e-3 and abs(told / used - 1.0) > PIXEL_SIZE_TOLERANCE:
+        notes.append(f"the stacks' headers say {told:.3f} Å per pixel, the table {used:.3f} Å: one is wrong")
+    return notes
 
 
 def _describe(model: InitialModel, settings: EngineSettings, seconds: float) -> dict[str, Any]:

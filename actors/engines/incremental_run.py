@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +96,11 @@ def refine_incrementally(
         data=data.take(new),
         uids=uids[new],
         half=particles.half_set[new],
-        cluster=torch.zeros(len(new), dtype=torch.long),
+        cluster=particles.cluster[new],
+        micrograph=particles.groups.micrograph[new],
+        scales=_known_scales(state, particles, rows)[new],
     )
+    _move_clusters(state, particles, rows)
     report = advance(
         state, newcomers, load, generator=torch.Generator().manual_seed(seed), dropped_uids=dropped,
         quota=max(len(new), int(REVISITED_FRACTION * int(is_kept.sum()))), n_threads=n_threads, check=check,
@@ -121,10 +124,13 @@ def state_after(
     poses = Hypotheses(
         result.rotations[:, None], result.shifts_xy_px[:, None], result.log_likelihood_gain[:, None]
     )
-    n = len(particles.data)
+    data = particles.data
+    if bool(result.defocus_offset_angstrom.any()):
+        ctf = particles.defocus_model().ctf_at(data.ctf, data.plane.radius, result.defocus_offset_angstrom)
+        data = data.with_ctf(ctf)
     return start_state(
-        particles.data, uids, particles.half_set, torch.zeros(n, dtype=torch.long), poses,
-        symmetry=group, settings=settings, n_groups=N_GROUPS,
+        data, uids, particles.half_set, particles.cluster, poses, scales=result.scales,
+        weights=result.weights, symmetry=group, settings=settings, n_groups=N_GROUPS,
     )  # fmt: skip
 
 
@@ -210,6 +216,32 @@ def _why_not(
     return None
 
 
+def _known_scales(state: IncrementalState, particles: LoadedParticles, rows: Tensor) -> Tensor:
+    """Return the scale of every image's micrograph where the sums have particles of it; NaN elsewhere."""
+    scales = torch.full((len(particles.micrographs),), float("nan"))
+    is_kept = rows >= 0
+    micrograph = particles.groups.micrograph[rows[is_kept]]
+    is_named = micrograph >= 0
+    scales[micrograph[is_named]] = state.records.inserted.scales[is_kept][is_named]
+    of_image = particles.groups.micrograph
+    unknown = torch.full((len(of_image),), float("nan"))
+    return torch.where(of_image >= 0, scales[of_image], unknown) if len(scales) else unknown
+
+
+def _move_clusters(state: IncrementalState, particles: LoadedParticles, rows: Tensor) -> None:
+    """Move what the sums hold of a particle to its cluster of today."""
+    kept = torch.nonzero(rows >= 0)[:, 0]
+    old = state.records.inserted
+    cluster = old.cluster.clone()
+    cluster[kept] = particles.cluster[rows[kept]]
+    moved = torch.nonzero(cluster != old.cluster)[:, 0]
+    if not moved.numel():
+        return
+    before = old.take(moved)
+    state.sums.revise(particles.data.take(rows[moved]), before, replace(before, cluster=cluster[moved]))
+    state.records = replace(state.records, inserted=replace(old, cluster=cluster))
+
+
 def _load_gone(old_poses: Path, root: Path, data: ParticleData, uids: Tensor) -> ParticleData:
     """Load the images that leave, from the earlier run's table, which still names them."""
     old = load_particles(old_poses, root, max_box_px=data.box_size_px)
@@ -230,6 +262,9 @@ def _result_of(state: IncrementalState, uids: Tensor) -> RefinementResult:
         rotations=inserted.rotations,
         shifts_xy_px=inserted.shifts_xy_px,
         log_likelihood_gain=state.records.gains[rows],
+        scales=inserted.scales,
+        weights=inserted.weights,
+        defocus_offset_angstrom=torch.zeros(len(rows)),
         fsc=references_of(state).fsc,
         n_iterations=state.tick,
     )

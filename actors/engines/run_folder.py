@@ -52,6 +52,7 @@ class RunSummary:
     seconds: Mapping[str, float]
     growth: Mapping[str, Any] | None = None
     local_resolution: Mapping[str, float] | None = None
+    images: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +148,7 @@ class RunFolder:
             starfile.write({"fsc": table}, temporary)
 
     def write_poses(self, particles: LoadedParticles, result: RefinementResult) -> None:
-        """Write every particle that was used: its address, CTF, half set and pose."""
+        """Write every particle that was used: its address, CTF (refined where it was), half set, pose, scale, weight."""
         euler = matrix_to_euler(result.rotations).numpy()
         origin = (result.shifts_xy_px * particles.data.pixel_size_angstrom).numpy()
         columns = particle_columns(particles) | {
@@ -158,7 +159,11 @@ class RunFolder:
             "rlnOriginYAngst": origin[:, 1],
             "rlnRandomSubset": particles.half_set.numpy(),
             "rlnLogLikeliContribution": result.log_likelihood_gain.numpy(),
+            "rlnGroupScaleCorrection": result.scales.numpy(),
+            "icestreamWeight": result.weights.numpy(),
         }
+        for name in ("rlnDefocusU", "rlnDefocusV"):
+            columns[name] = columns[name] + result.defocus_offset_angstrom.numpy()
         write_particles_star(self.poses, pd.DataFrame(columns), optics_block(particles))
 
     def write_pictures(
@@ -221,6 +226,7 @@ class RunFolder:
             "b_factor_angstrom2": summary.b_factor_angstrom2,
             "local_resolution_angstrom": summary.local_resolution,
             "growth": summary.growth,
+            "images": summary.images,
             "note": output.note,
             "seconds": output.seconds,
             "provenance": output.provenance,
@@ -282,6 +288,8 @@ def optics_block(particles: LoadedParticles) -> pd.DataFrame:
     table, rows = particles.table, particles.rows
     groups, first = np.unique(table.optics_groups[rows], return_index=True)
     own = rows[first]
+    tilt = table.beam_tilt_xy_mrad
+    tilts = {} if tilt is None else {"rlnBeamTiltX": tilt[own, 0], "rlnBeamTiltY": tilt[own, 1]}
     return pd.DataFrame(
         {
             "rlnOpticsGroup": groups,
@@ -293,6 +301,7 @@ def optics_block(particles: LoadedParticles) -> pd.DataFrame:
             "rlnImageSize": [table.box_size_px] * len(groups),
             "rlnImageDimensionality": [2] * len(groups),
         }
+        | tilts
     )
 
 
@@ -311,6 +320,8 @@ def _provenance(summary: RunSummary) -> dict[str, Any]:
         "effort": settings.effort,
         "n_starts": settings.n_starts,
         "mask_diameter_angstrom": settings.mask_diameter_angstrom,
+        "mask": None if settings.mask is None else str(settings.mask),
+        "refine_defocus": settings.refine_defocus,
         "torch": torch.__version__,
     }
 

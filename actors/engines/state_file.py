@@ -27,7 +27,7 @@ from stream.records.errors import InputError
 from stream.store.files import replacing
 
 MAGIC = b"ICSTATE\n"
-VERSION = 1
+VERSION = 2
 _MAX_HEADER_BYTES = 64 << 20
 _SCALARS = ("pixel_size_angstrom", "tick", "base_n", "base_resolution_angstrom", "n_groups")
 
@@ -90,6 +90,7 @@ def _arrays_of(state: IncrementalState) -> dict[str, NDArray[Any]]:
         "rotations": inserted.rotations,
         "shifts_xy_px": inserted.shifts_xy_px,
         "weights": inserted.weights,
+        "scales": inserted.scales,
         **{f"noise{h}": noise for h, noise in state.noise.items()},
         **{f"bucket{i}": sums for i, sums in enumerate(state.sums.sums.values())},
     }
@@ -129,7 +130,7 @@ def _state_of(header: Mapping[str, Any], arrays: Mapping[str, Tensor]) -> Increm
         sums.sums[Bucket(*address)] = arrays[f"bucket{i}"]
     inserted = Inserted(
         arrays["half"], arrays["group"], arrays["cluster"], arrays["rotations"], arrays["shifts_xy_px"],
-        arrays["weights"],
+        arrays["weights"], arrays["scales"],
     )  # fmt: skip
     records = ParticleRecords(
         uids=arrays["uids"],

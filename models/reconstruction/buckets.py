@@ -3,16 +3,17 @@
 Insertion is linear, so that taking particles in, moving them to a better pose (old pose with −1, new with +1) or
 dropping them costs those particles alone, and any union of buckets is a map for the price of one transform.
 Sums are not divided by the noise: in A / (W + W̄/SSNR) a noise that all particles share per shell cancels, so a new
-estimate of it needs no re-insertion. Particles of another noise level enter with a `weight`.
+estimate of it needs no re-insertion. Particles of another noise level enter with a `weight`, those of another
+contrast with a `scale` that multiplies their CTF.
 
-What was inserted is remembered per particle; Σ W over a bucket equals Σ weight · CTF² of its records (trilinear
+What was inserted is remembered per particle; Σ W over a bucket equals Σ weight · (scale · CTF)² of its records (trilinear
 weights add up to one), which `check_sums` uses to notice what was lost or counted twice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -40,7 +41,7 @@ class Bucket:
 
 @dataclass(frozen=True, slots=True)
 class Inserted:
-    """What went in, one row per particle: address, pose, shift (px, applied to the image), weight and Σ CTF²."""
+    """What went in, one row per particle: address, pose, shift (px, applied to the image), weight and scale."""
 
     half: Int[Tensor, " b"]
     group: Int[Tensor, " b"]
@@ -48,6 +49,7 @@ class Inserted:
     rotations: Float[Tensor, "b 3 3"]
     shifts_xy_px: Float[Tensor, "b 2"]
     weights: Float[Tensor, " b"]
+    scales: Float[Tensor, " b"]
 
     def __len__(self) -> int:
         return int(self.half.numel())
@@ -64,8 +66,7 @@ class Inserted:
 
     def at(self, index: Tensor, rotations: Tensor, shifts_xy_px: Tensor) -> Inserted:
         """Return the rows at `index` moved to other poses."""
-        few = self.take(index)
-        return Inserted(few.half, few.group, few.cluster, rotations, shifts_xy_px, few.weights)
+        return replace(self.take(index), rotations=rotations, shifts_xy_px=shifts_xy_px)
 
     def buckets(self) -> list[Bucket]:
         """Return every row's address."""
@@ -120,9 +121,9 @@ class BucketSums:
             full = self.grid.zeros()
             for index in torch.tensor(members).split(_IMAGES_PER_BLOCK):
                 few, own = near.take(index), records.take(index)
-                scale = (sign * own.weights)[:, None]
-                images = scale * few.ctf * few.coefficients * self.plane.phases(own.shifts_xy_px)
-                weights = scale * few.ctf.square()
+                weight, ctf = (sign * own.weights)[:, None], few.ctf * own.scales[:, None]
+                images = weight * ctf * few.coefficients * self.plane.phases(own.shifts_xy_px)
+                weights = weight * ctf.square()
                 full = accumulate_posed(full, images, weights, own.rotations, self.plane, self.symmetry)
             folded = symmetrise_friedel(full)[..., self.grid.half_side :]
             self.sums[bucket] = self.sums.get(bucket, self.empty()) + folded
@@ -161,7 +162,7 @@ class BucketSums:
         beyond `SUM_TOLERANCE` the state does not belong to these records.
         """
         expected: dict[Bucket, float] = dict.fromkeys(self.sums, 0.0)
-        amounts = (records.weights * ctf_power).double() * 2.0 * len(self.symmetry)
+        amounts = (records.weights * records.scales.square() * ctf_power).double() * 2.0 * len(self.symmetry)
         for bucket, amount in zip(records.buckets(), amounts.tolist(), strict=True):
             expected[bucket] = expected.get(bucket, 0.0) + amount
         scale = max(max(expected.values(), default=0.0), 1e-12)

@@ -17,7 +17,14 @@ from torch import Tensor
 
 from models.reconstruction.buckets import BucketSums, Inserted, random_groups
 from models.reconstruction.grids import random_rotations
-from models.reconstruction.half_references import FLAT_SSNR, HalfReferences, half_references
+from models.reconstruction.half_references import (
+    FLAT_SSNR,
+    HalfReferences,
+    half_references,
+    last_shell_above,
+)
+from models.reconstruction.half_set import RELIABLE_FSC
+from models.reconstruction.image_fit import fit_rings, image_weights, micrograph_scales, noise_per_group
 from models.reconstruction.online_em import soft_sphere
 from models.reconstruction.particle_data import ParticleData
 from models.reconstruction.pose_schedule import (
@@ -27,7 +34,6 @@ from models.reconstruction.pose_schedule import (
     align_locally,
 )
 from models.reconstruction.pose_search import Hypotheses
-from models.reconstruction.refinement import residual_noise
 from models.reconstruction.scoring import fast_products
 
 REBASE_GAIN = 0.10
@@ -68,12 +74,17 @@ class ParticleRecords:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Newcomers:
-    """Images to take in, with their uids, half sets (1 or 2) and feature clusters."""
+    """Images to take in, with their uids, half sets (1 or 2), feature clusters and micrographs (−1 = not known).
+
+    `scales` are those of micrographs that the sums know already; NaN where they are to be estimated.
+    """
 
     data: ParticleData
     uids: Int[Tensor, " b"]
     half: Int[Tensor, " b"]
     cluster: Int[Tensor, " b"]
+    micrograph: Int[Tensor, " b"]
+    scales: Float[Tensor, " b"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +125,8 @@ def start_state(
     cluster: Int[Tensor, " b"],
     poses: Hypotheses,
     *,
+    scales: Float[Tensor, " b"],
+    weights: Float[Tensor, " b"],
     symmetry: Float[Tensor, "g 3 3"],
     settings: RefinementSettings,
     n_groups: int,
@@ -124,7 +137,7 @@ def start_state(
     if len(set(uids.tolist())) != n:
         raise ValueError(f"uids: {n - len(set(uids.tolist()))} are repeated, each particle has its own")
     sums = BucketSums(float(data.plane.shell.max()), data.box_size_px, symmetry)
-    inserted = Inserted(half, random_groups(uids, n_groups), cluster, rotations, shifts, torch.ones(n))
+    inserted = Inserted(half, random_groups(uids, n_groups), cluster, rotations, shifts, weights, scales)
     sums.take(data, inserted)
     records = ParticleRecords(
         uids=uids,
@@ -148,10 +161,7 @@ def start_state(
     for h in (1, 2):
         own = torch.nonzero(half == h)[:, 0]
         own = own[torch.linspace(0, len(own) - 1, min(500, len(own))).long()]
-        few = data.take(own)
-        state.noise[h] = residual_noise(
-            few, references.cubes[h - 1], rotations[own], shifts[own], references.shell
-        )
+        state.noise[h] = _noise_of(data.take(own), inserted.take(own), references, h)
     state.base_resolution_angstrom = resolution_of(state, references)
     return state
 
@@ -242,13 +252,14 @@ def _take_in(
 
     def align(half: int, index: Tensor) -> Hypotheses:
         reference = _reference(state, references, half)
-        data = new.data.take(index)
+        data = _scaled(new.data.take(index), new.scales[index].nan_to_num(1.0))
         return align_globally(data, reference, state.settings, state.sums.symmetry, turn, check)
 
     rotations, shifts, gains = _by_half(new.half, align, n_threads)
     n = len(new.data)
+    scales, weights = _judge(state, new, rotations, shifts, references)
     inserted = Inserted(
-        new.half, random_groups(new.uids, state.n_groups), new.cluster, rotations, shifts, torch.ones(n)
+        new.half, random_groups(new.uids, state.n_groups), new.cluster, rotations, shifts, weights, scales
     )
     _estimate_noise(state, new.data, inserted, references)
     state.sums.take(new.data, inserted)
@@ -282,7 +293,8 @@ def _revisit(
     def align(half: int, index: Tensor) -> Hypotheses:
         reference = _reference(state, references, half)
         poses = old.rotations[index], old.shifts_xy_px[index]
-        return align_locally(data.take(index), reference, state.settings, *poses, check)
+        images = _scaled(data.take(index), old.scales[index])
+        return align_locally(images, reference, state.settings, *poses, check)
 
     rotations, shifts, gains = _by_half(old.half, align, n_threads)
     new = replace(old, rotations=rotations, shifts_xy_px=shifts)
@@ -330,7 +342,38 @@ def _estimate_noise(
     for h in (1, 2):
         own = torch.nonzero(inserted.half == h)[:, 0]
         if own.numel() >= MIN_NOISE_IMAGES:
-            few = inserted.take(own)
-            state.noise[h] = residual_noise(
-                data.take(own), references.cubes[h - 1], few.rotations, few.shifts_xy_px, references.shell
-            )
+            state.noise[h] = _noise_of(data.take(own), inserted.take(own), references, h)
+
+
+def _noise_of(data: ParticleData, inserted: Inserted, references: HalfReferences, half: int) -> Tensor:
+    """Return the noise per ring of one half's images at the poses they went in with."""
+    cube = references.cubes[half - 1]
+    fit = fit_rings(data, cube, inserted.rotations, inserted.shifts_xy_px, references.shell)
+    nothing = torch.zeros(len(data), dtype=torch.long)
+    return noise_per_group(fit, data, nothing, inserted.scales, inserted.weights)[0]
+
+
+def _judge(
+    state: IncrementalState, new: Newcomers, rotations: Tensor, shifts: Tensor, references: HalfReferences
+) -> tuple[Tensor, Tensor]:
+    """Return newcomers' scales (their micrograph's where that is known) and weights, from their own half's map."""
+    scales, weights = new.scales.nan_to_num(1.0), torch.ones(len(new.data))
+    reliable = float(max(last_shell_above(references.fsc, RELIABLE_FSC), 3))
+    for h in (1, 2):
+        own = torch.nonzero(new.half == h)[:, 0]
+        if not own.numel():
+            continue
+        fit = fit_rings(
+            new.data.take(own), references.cubes[h - 1], rotations[own], shifts[own], references.shell
+        )
+        inverse = (1.0 / state.noise[h])[None].expand(len(own), -1)
+        if state.settings.estimate_scale:
+            found = micrograph_scales(fit, inverse, new.micrograph[own], weights[own], reliable)
+            scales[own] = torch.where(new.scales[own].isnan(), found, scales[own])
+        if state.settings.weigh_images:
+            weights[own] = image_weights(fit, inverse, scales[own], references.shell)
+    return scales, weights
+
+
+def _scaled(data: ParticleData, scales: Float[Tensor, " b"]) -> ParticleData:
+    return data.with_ctf(data.ctf * scales[:, None])

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from models.optics.ctf import evaluate_ctf
+from models.optics.ctf import electron_wavelength_angstrom, evaluate_ctf
 from models.reconstruction.projector import HalfPlane
 from models.reconstruction.sufficient import ring_mean
 
@@ -93,10 +94,49 @@ class ParticleData:
             self.plane.cropped(n), self.pixel_size_angstrom, self.coefficients[:, :n], self.ctf[:, :n]
         )
 
+    def with_ctf(self, ctf: Float[Tensor, "b k"]) -> ParticleData:
+        """Return the same images under other CTF values."""
+        return ParticleData(self.plane, self.pixel_size_angstrom, self.coefficients, ctf)
+
+    def times(self, factor: Float[Tensor, "b k"]) -> ParticleData:
+        """Return images and CTF times a factor, under which their relation to the map stays what it is."""
+        return ParticleData(
+            self.plane, self.pixel_size_angstrom, self.coefficients * factor, self.ctf * factor
+        )
+
     def mean_power(self) -> Float[Tensor, "s"]:
         """Return the images' mean power per ring: an upper bound of the noise that needs no model."""
         n_shells = int(self.plane.shell.max()) + 1
         return ring_mean(self.coefficients.abs().square(), self.plane.shell, n_shells)
+
+
+@dataclass(frozen=True, slots=True)
+class DefocusModel:
+    """What a CTF at another defocus follows from: cos χ, and π λ / box² in rad per Å of defocus and shell², per image."""
+
+    quadrature: Float[Tensor, "b k"]
+    phase_per_angstrom: Float[Tensor, " b"]
+
+    def take(self, index: Tensor) -> DefocusModel:
+        """Return the images at `index`."""
+        return DefocusModel(self.quadrature[index], self.phase_per_angstrom[index])
+
+    def ctf_at(
+        self, ctf: Float[Tensor, "b k"], radius: Float[Tensor, " k"], offset_angstrom: Float[Tensor, " b"]
+    ) -> Float[Tensor, "b k"]:
+        """Return the CTF with the defocus changed by an offset: sin χ cos aδ + cos χ sin aδ."""
+        angle = (self.phase_per_angstrom * offset_angstrom)[:, None] * radius.square()
+        return ctf * torch.cos(angle) + self.quadrature * torch.sin(angle)
+
+
+def particle_defocus(ctf: CtfParameters, plane: HalfPlane, pixel_size_angstrom: float) -> DefocusModel:
+    """Return what the CTF of these images at another defocus follows from."""
+    box_angstrom = plane.box_size_px * pixel_size_angstrom
+    rate = math.pi * electron_wavelength_angstrom(ctf.voltage_kv) / box_angstrom**2
+    # cos χ is the CTF with a quarter of a wave more.
+    ahead = replace(ctf, phase_shift_deg=ctf.phase_shift_deg + 90.0)
+    n = len(ctf.defocus_u_angstrom)
+    return DefocusModel(ahead.evaluate(plane, pixel_size_angstrom), torch.full((n,), rate))
 
 
 def particle_data(

@@ -21,7 +21,11 @@ LOCAL_STEP_DEG = 3.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RefinementSettings:
-    """The schedule; shells count cycles per box, fractions are of the box."""
+    """The schedule; shells count cycles per box, fractions are of the box.
+
+    `estimate_scale` gives every micrograph a contrast of its own, `weigh_images` lets images that do not show the
+    particle count less.
+    """
 
     n_global: int = 3
     n_local: int = 5
@@ -32,6 +36,8 @@ class RefinementSettings:
     mask_diameter_fraction: float = 0.85
     shift_sigma_fraction: float = 3.0 / 64.0
     shift_step_fraction: float = 1.0 / 32.0
+    estimate_scale: bool = True
+    weigh_images: bool = True
 
 
 @dataclass(frozen=True, slots=True)

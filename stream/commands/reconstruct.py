@@ -37,6 +37,15 @@ def reconstruct(
     mask_diameter: Annotated[
         float | None, typer.Option("--mask-diameter-angstrom", help="Diameter of the spherical mask in Å.")
     ] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="Solvent mask (MRC, 0 to 1, the particles' box) instead of our own.")
+    ] = None,
+    refine_defocus: Annotated[
+        bool, typer.Option("--refine-defocus", help="Search every particle's defocus around the given one.")
+    ] = False,
+    clusters: Annotated[
+        Path | None, typer.Option(help="Feature clusters by uid (.npz: uids, labels): writes unions.json.")
+    ] = None,
     root: Annotated[
         Path | None, typer.Option(help="Folder that image paths are relative to; the file's own by default.")
     ] = None,
@@ -68,8 +77,15 @@ def reconstruct(
         n_starts=n_starts,
         effort=effort,  # type: ignore[arg-type]
         max_box_px=max_box,
+        mask=mask,
+        refine_defocus=refine_defocus,
     )
-    source = EngineInput(particles_star=particles, root=particles.absolute().parent if root is None else root)
+    source = EngineInput(
+        particles_star=particles,
+        root=particles.absolute().parent if root is None else root,
+        clusters=clusters,
+        clustering=None if clusters is None else clusters.stem,
+    )
     out.mkdir(parents=True, exist_ok=True)
 
     def show(step: EngineProgress) -> None:

@@ -45,6 +45,8 @@ _NPY_MAGIC = b"\x93NUMPY"
 _CSDAT_MAGIC = b"\x95CSDAT"
 _TEXT_COLUMNS = ["rlnImageName", "rlnMicrographName", "rlnOpticsGroupName", "icestreamUid"]
 _STAR_CTF = ("rlnDefocusU", "rlnDefocusV", "rlnDefocusAngle")
+_STAR_MAGNIFICATION = ("rlnMagMat00", "rlnMagMat01", "rlnMagMat10", "rlnMagMat11")
+_CS_ABERRATIONS = ("ctf/tilt_A", "ctf/trefoil_A", "ctf/tetra_A", "ctf/anisomag")
 _CS_CTF = ("ctf/df1_A", "ctf/df2_A", "ctf/df_angle_rad", "ctf/accel_kv", "ctf/cs_mm", "ctf/amp_contrast")
 
 
@@ -206,7 +208,23 @@ def _read_star(path: Path, root: Path | None, *, require_ctf: bool) -> ParticleT
         euler_deg=_stacked(columns, ("rlnAngleRot", "rlnAngleTilt", "rlnAnglePsi"), n, path),
         origin_xy_angstrom=_star_origins(columns, n, pixel_size, path),
         figure_of_merit=number("rlnAutopickFigureOfMerit") if "rlnAutopickFigureOfMerit" in columns else None,
+        beam_tilt_xy_mrad=_stacked(columns, ("rlnBeamTiltX", "rlnBeamTiltY"), n, path),
+        aberrations=_star_aberrations(columns),
     )
+
+
+def _star_aberrations(columns: Mapping[str, Any]) -> tuple[str, ...]:
+    """Name the columns of aberrations beyond beam tilt that are not zero (a matrix: not the unit matrix)."""
+    found = [
+        name
+        for name in ("rlnOddZernike", "rlnEvenZernike")
+        if any(set(str(value)) & set("123456789") for value in columns.get(name, ()))
+    ]
+    for name, neutral in zip(_STAR_MAGNIFICATION, (1.0, 0.0, 0.0, 1.0), strict=True):
+        values = np.asarray(columns.get(name, neutral), dtype=np.float64)
+        if (np.abs(values - neutral) > 1e-6).any():
+            found.append(name)
+    return tuple(found)
 
 
 def _optics_columns(optics: Any, columns: Mapping[str, Any], path: Path) -> dict[str, NDArray[Any]]:  # noqa: ANN401
@@ -372,6 +390,7 @@ def _read_cs(path: Path, root: Path | None, *, require_ctf: bool) -> ParticleTab
         contrast_sign=np.where(rows["blob/sign"] < 0, -1, 1).astype(np.int8)
         if "blob/sign" in names
         else None,
+        aberrations=tuple(name for name in _CS_ABERRATIONS if name in names and np.any(rows[name] != 0)),
     )
 
 

@@ -32,7 +32,8 @@ class ParticleTable:
 
     Coordinates are in pixels of the micrograph, `euler_deg` is (rot, tilt, psi), `origin_xy_angstrom` the shift
     to apply to the image. `contrast_sign` -1 means that protein is dark in the stack (CryoSPARC's blob/sign).
-    `micrograph_names` holds None where a row names no micrograph.
+    `micrograph_names` holds None where a row names no micrograph. `beam_tilt_xy_mrad` has RELION's sign;
+    `aberrations` names columns of further aberrations that are not zero.
     """
 
     source: str
@@ -57,6 +58,8 @@ class ParticleTable:
     origin_xy_angstrom: Floats | None = None
     contrast_sign: NDArray[np.int8] | None = None
     figure_of_merit: Floats | None = None
+    beam_tilt_xy_mrad: Floats | None = None
+    aberrations: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.stack_indices)

@@ -193,7 +193,8 @@ def test_a_state_survives_a_kill_at_any_moment(particles: Path, tmp_path: Path) 
     n = len(loaded.data)
     result = RefinementResult(
         half1=torch.zeros(0), half2=torch.zeros(0), rotations=random_rotations(n, torch.Generator().manual_seed(1)),
-        shifts_xy_px=torch.zeros(n, 2), log_likelihood_gain=torch.zeros(n), fsc=torch.zeros(0), n_iterations=1,
+        shifts_xy_px=torch.zeros(n, 2), log_likelihood_gain=torch.zeros(n), scales=torch.ones(n),
+        weights=torch.ones(n), defocus_offset_angstrom=torch.zeros(n), fsc=torch.zeros(0), n_iterations=1,
     )  # fmt: skip
     state = state_after(loaded, result, RefinementSettings(), torch.eye(3)[None])
     assert state is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -34,6 +36,7 @@ def records(n: int = N, seed: int = 3) -> Inserted:
         rotations=random_rotations(n, gen(seed)),
         shifts_xy_px=torch.randn((n, 2), generator=gen(seed + 1)),
         weights=0.5 + torch.rand(n, generator=gen(seed + 2)),
+        scales=0.8 + 0.4 * torch.rand(n, generator=gen(seed + 3)),
     )
 
 
@@ -52,9 +55,10 @@ def test_a_union_of_all_buckets_is_the_plain_accumulator(images, group):
     rows = records()
     buckets.take(images, rows)
     near = images.within(SHELL)
-    weighted = rows.weights[:, None] * near.ctf * near.coefficients * near.plane.phases(rows.shifts_xy_px)
+    weight, ctf = rows.weights[:, None], near.ctf * rows.scales[:, None]
+    weighted = weight * ctf * near.coefficients * near.plane.phases(rows.shifts_xy_px)
     plain = accumulate_posed(
-        buckets.grid.zeros(), weighted, rows.weights[:, None] * near.ctf.square(), rows.rotations, near.plane,
+        buckets.grid.zeros(), weighted, weight * ctf.square(), rows.rotations, near.plane,
         symmetry,
     )  # fmt: skip
     assert relative(buckets.union(everything), symmetrise_friedel(plain)) < 1e-6
@@ -91,9 +95,7 @@ def test_dropping_what_was_taken_leaves_the_others_alone(images):
 def test_a_particle_may_move_to_another_bucket(images):
     buckets, rows = BucketSums(SHELL, BOX), records()
     buckets.take(images, rows)
-    moved = Inserted(
-        rows.half, rows.group, (rows.cluster + 1) % 3, rows.rotations, rows.shifts_xy_px, rows.weights
-    )
+    moved = replace(rows, cluster=(rows.cluster + 1) % 3)
     before = buckets.union(everything)
     buckets.revise(images, rows, moved)
     assert relative(buckets.union(everything), before) < 1e-5

@@ -40,7 +40,8 @@ def state_at(images: BlobSet, rows: torch.Tensor, cluster: torch.Tensor, *, jitt
     poses = Hypotheses(rotations[:, None], images.origin_xy_px[rows][:, None], torch.zeros(n, 1))
     return start_state(
         images.data.take(rows), rows + 100, rows % 2 + 1, cluster, poses,
-        symmetry=torch.eye(3)[None], settings=RefinementSettings(grid_order=1), n_groups=n_groups,
+        scales=torch.ones(n), weights=torch.ones(n), symmetry=torch.eye(3)[None],
+        settings=RefinementSettings(grid_order=1), n_groups=n_groups,
     )  # fmt: skip
 
 
@@ -51,7 +52,10 @@ def images() -> BlobSet:
 
 def newcomers(images: BlobSet, rows: torch.Tensor) -> Newcomers:
     cluster = torch.zeros(len(rows), dtype=torch.long)
-    return Newcomers(data=images.data.take(rows), uids=rows + 100, half=rows % 2 + 1, cluster=cluster)
+    return Newcomers(
+        data=images.data.take(rows), uids=rows + 100, half=rows % 2 + 1, cluster=cluster,
+        micrograph=rows // 20, scales=torch.full((len(rows),), float("nan")),
+    )  # fmt: skip
 
 
 def errors(state: IncrementalState, images: BlobSet, records: ParticleRecords) -> torch.Tensor:

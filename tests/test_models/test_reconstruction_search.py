@@ -11,10 +11,11 @@ import torch
 from models.fourier.point_groups import symmetry_matrices
 from models.reconstruction.blobs import BlobPhantom, BlobSet, pose_errors_deg, simulate_blob_images
 from models.reconstruction.grids import random_rotations, rotation_vector_to_matrix
+from models.reconstruction.half_set import WarmPoses, match_scale
 from models.reconstruction.online_em import OnlineEm, OnlineEmSettings
 from models.reconstruction.pose_schedule import RefinementSettings
 from models.reconstruction.projector import volume_to_cube
-from models.reconstruction.refinement import Refinement, WarmPoses, match_scale
+from models.reconstruction.refinement import Refinement
 from models.reconstruction.scoring import fast_products
 from models.reconstruction.sufficient import ReconstructionGrid, correlate_shells
 from models.reconstruction.symmetry import find_frames, symmetry_score, turn_volume
