@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from stream.control.advice import EndedRun, SessionFacts, advise
+from stream.control.campaign import CampaignRecord
 from stream.control.controller import Controller
 from stream.control.exposures import ExposureState
 from stream.control.runs import RunRecord
 from stream.control.settings import ControllerSettings
+from stream.control.wishes import describe_window
 from stream.quality_report import count_rejected_by, list_overruled, list_rejected
 from stream.records.advice import Advice
 from stream.records.errors import ConfigurationError
@@ -41,6 +43,7 @@ def summarize(controller: Controller) -> dict[str, Any]:
             "score_threshold": controller.score_threshold,
         },
         "balanced": found == sum(counts.values()),
+        "campaigns": [_describe_campaign(campaign) for campaign in controller.campaigns.values()],
         "runs": [_describe_run(run) for run in controller.runs.values()],
         "resolution_angstrom": None if best is None else best.resolution_angstrom,
         "cfar": None if best is None else best.cfar,
@@ -59,6 +62,7 @@ def summarize(controller: Controller) -> dict[str, Any]:
             "orientation": None if gain.orientation is None else asdict(gain.orientation),
             "residual": controller.gain_residual.mean,
         },
+        "wishes": describe_wishes(controller),
         "advice": [
             {"kind": a.kind.value, "severity": a.severity.value, "words": a.words, "numbers": dict(a.numbers)}
             for a in advise_session(controller)
@@ -68,6 +72,19 @@ def summarize(controller: Controller) -> dict[str, Any]:
             {"at": d.at, "what": d.what, "why": d.why}
             for d in list(controller.decisions)[-N_DECISIONS_SHOWN:]
         ],
+    }
+
+
+def describe_wishes(controller: Controller) -> dict[str, Any]:
+    """Return what people's decisions amount to now, limits apart; None = nobody decided."""
+    wishes = controller.wishes
+    return {
+        "pinned_run": wishes.pinned_run,
+        "rejected_runs": sorted(wishes.rejected_runs),
+        "symmetry": wishes.symmetry,
+        "mask_diameter_angstrom": wishes.mask_diameter_angstrom,
+        "score_threshold": wishes.score_threshold,
+        "excluded_times": [describe_window(window) for window in wishes.excluded_windows],
     }
 
 
@@ -91,13 +108,31 @@ def advise_session(controller: Controller) -> tuple[Advice, ...]:
     return advise(facts, controller.settings.advice)
 
 
+def _describe_campaign(campaign: CampaignRecord) -> dict[str, Any]:
+    request = campaign.request
+    return {
+        "campaign_id": request.campaign_id,
+        "trigger": request.trigger.value,
+        "plan": request.plan.value,
+        "particles": request.n_particles,
+        "symmetry": request.symmetry,
+        "reason": request.reason,
+        "is_in_work": campaign.is_active,
+        "runs": [run.request.run_id for run in campaign.runs],
+        "verdict": campaign.verdict,
+    }
+
+
 def _describe_run(run: RunRecord) -> dict[str, Any]:
     result = run.result
     return {
         "run_id": run.request.run_id,
+        "campaign_id": run.request.campaign_id,
+        "purpose": run.request.purpose.value,
         "state": run.state.value,
         "reason": run.request.reason,
         "verdict": run.verdict,
+        "start_map": run.request.start_map,
         "warm_start": run.request.warm_start,
         "particles": run.request.n_particles if result is None else result.n_particles,
         "resolution_angstrom": None if result is None else result.resolution_angstrom,

@@ -129,7 +129,7 @@ def decide_session(
     first, so that a mistake is an error before anything is written.
     """
     from stream.requests import event_for_request
-    from stream.status import load_controller
+    from stream.status import describe_wishes, load_controller
 
     controller = load_controller(layout.root)
     n_before = len(controller.wishes.history)
@@ -144,7 +144,7 @@ def decide_session(
     return {
         "delivered": delivered,
         "made": [describe_decision(d, controller) for d in controller.wishes.history[n_before:]],
-        "in_force": describe_in_force(controller),
+        "in_force": describe_wishes(controller) | {"limits": asdict(controller.limits)},
         "decisions": [describe_decision(d, controller) for d in controller.wishes.history],
     }
 
@@ -205,20 +205,6 @@ def describe_decision(decision: PersonsDecision, controller: Controller) -> dict
         "what": what,
         "reason": decision.reason,
         "taken_back_by": None if undo is None else undo.decision_id,
-    }
-
-
-def describe_in_force(controller: Controller) -> dict[str, Any]:
-    """Return what people's decisions amount to now; None = nobody decided."""
-    wishes = controller.wishes
-    return {
-        "pinned_run": wishes.pinned_run,
-        "rejected_runs": sorted(wishes.rejected_runs),
-        "symmetry": wishes.symmetry,
-        "mask_diameter_angstrom": wishes.mask_diameter_angstrom,
-        "score_threshold": wishes.score_threshold,
-        "excluded_times": [asdict(window) for window in wishes.excluded_windows],
-        "limits": asdict(controller.limits),
     }
 
 

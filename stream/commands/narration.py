@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from stream.control.controller import Controller
 from stream.control.decisions import Decision
+from stream.records.advice import Advice, AdviceKind, Severity
 from stream.records.events import (
     DiskSpaceChanged,
     DrainRequested,
@@ -28,6 +29,7 @@ from stream.records.events import (
     StageFailed,
 )
 from stream.records.values import AcquisitionMetadata, FileIdentity, PreprocessResult
+from stream.status import advise_session
 from stream.telemetry.logs import get_logger
 
 log = get_logger(__name__)
@@ -35,6 +37,7 @@ log = get_logger(__name__)
 N_OLD_DECISIONS_TOLD = 50
 """A session that resumes tells its earlier decisions when they are this few."""
 
+_OF_RUNS = frozenset({AdviceKind.PREFERRED_ORIENTATION, AdviceKind.JUNK, AdviceKind.GROWTH, AdviceKind.STOP})
 _WORD_BOUNDARY = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
 
@@ -53,20 +56,55 @@ class NewDecisions:
         return decided[-n_new:] if n_new else []
 
 
+class NewAdvice:
+    """Gives advice when it begins to stand, and again when a run has changed it.
+
+    What scores and counts say changes a little with every movie: that is told once, until it stands no more.
+    """
+
+    def __init__(self) -> None:
+        self._told: set[tuple[AdviceKind, Severity, str]] = set()
+        self._is_stale = True
+
+    def note_event(self) -> None:
+        """Something has happened: look again at the next call of `take`."""
+        self._is_stale = True
+
+    def take(self, controller: Controller) -> list[Advice]:
+        """Return what is new since the last call."""
+        if not self._is_stale:
+            return []
+        self._is_stale = False
+        standing = {self._key(item): item for item in advise_session(controller)}
+        new = [item for key, item in standing.items() if key not in self._told]
+        self._told = set(standing)
+        return new
+
+    @staticmethod
+    def _key(item: Advice) -> tuple[AdviceKind, Severity, str]:
+        return item.kind, item.severity, item.words if item.kind in _OF_RUNS else ""
+
+
 class EventLog:
-    """Writes events and decisions to the log, for programs that read it in a person's place."""
+    """Writes events, decisions and advice to the log, for programs that read it in a person's place."""
 
     def __init__(self) -> None:
         self._decisions = NewDecisions()
+        self._advice = NewAdvice()
 
     def tell(self, event: Event) -> None:
         """Log one event: its kind, and every plain value of it and of its result."""
+        self._advice.note_event()
         log.info(_WORD_BOUNDARY.sub("_", type(event).__name__).lower(), **_plain_fields(event))
 
     def follow(self, controller: Controller) -> None:
-        """Log decisions that are new since the last call."""
+        """Log decisions and advice that are new since the last call."""
         for decision in self._decisions.take(controller):
             log.info("decided", what=decision.what, why=decision.why)
+        for advice in self._advice.take(controller):
+            tell = log.warning if advice.severity is Severity.WARNING else log.info
+            known = {name: value for name, value in advice.numbers.items() if value is not None}
+            tell("advice", kind=advice.kind.value, words=advice.words, **known)
 
 
 def _plain_fields(record: Any) -> dict[str, object]:  # noqa: ANN401 - events and their results share no type
@@ -90,9 +128,13 @@ class Narrator:
         self._threshold = score_threshold
         self._names: dict[str, str] = {}
         self._decisions = NewDecisions()
+        self._advice = NewAdvice()
+        self._at = 0.0
 
     def tell(self, event: Event) -> None:
         """Print one event; what follows from a person's word or the gain's orientation is a decision."""
+        self._advice.note_event()
+        self._at = event.at
         match event:
             case SessionOpened():
                 self._say(event.at, "session open")
@@ -134,9 +176,12 @@ class Narrator:
                 self._say(event.at, "draining: what is in work ends, nothing new starts")
 
     def follow(self, controller: Controller) -> None:
-        """Print decisions that are new since the last call."""
+        """Print decisions and advice that are new since the last call."""
         for decision in self._decisions.take(controller):
-            self._say(decision.at, f"[cyan]decided[/cyan] {decision.what}: {escape(decision.why)}")
+            self._say(decision.at, f"[cyan]decided[/cyan] {escape(decision.what)}: {escape(decision.why)}")
+        for advice in self._advice.take(controller):
+            colour = "yellow" if advice.severity is Severity.WARNING else "blue"
+            self._say(self._at, f"[{colour}]advice[/{colour}] {escape(advice.words)}")
 
     def _name(self, exposure_id: str) -> str:
         return self._names.get(exposure_id, exposure_id)

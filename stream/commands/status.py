@@ -62,6 +62,9 @@ def print_status(document: Mapping[str, Any]) -> None:
         console.print(f"gain       residual {gain['residual']:+.3f} over the last movies")
     for stage, why in document["holds"].items():
         console.print(f"[yellow]waiting[/yellow]    {stage}: {escape(why)}")
+    for name, value in document["wishes"].items():
+        if value not in (None, []):
+            console.print(f"by hand    {name.replace('_', ' ')}: {_say_wish(value)}")
     if document["runs"]:
         console.print(_run_table(document["runs"]))
     if document["resolution_angstrom"] is not None:
@@ -71,6 +74,9 @@ def print_status(document: Mapping[str, Any]) -> None:
         )
     else:
         console.print("map        none accepted yet")
+    for item in document["advice"]:
+        colour = "yellow" if item["severity"] == "warning" else "blue"
+        console.print(f"[{colour}]advice[/{colour}]     {escape(item['words'])}")
     for item in document["quarantine"]:
         console.print(f"[yellow]quarantine[/yellow] {escape(item['name'])}: {escape(item['reason'])}")
     if document["rejected_by"]:
@@ -81,6 +87,10 @@ def print_status(document: Mapping[str, Any]) -> None:
     for decision in document["decisions"]:
         clock = time.strftime("%H:%M:%S", time.localtime(decision["at"]))
         console.print(f"[dim]{clock}[/dim] {decision['what']}: {decision['why']}")
+
+
+def _say_wish(value: object) -> str:
+    return escape(", ".join(map(str, value)) if isinstance(value, list) else str(value))
 
 
 def _run_table(runs: list[dict[str, Any]]) -> Table:
