@@ -83,6 +83,12 @@ def _journal(folder: Path, size: int | None) -> Figures:
     return run_journal_benchmark(folder, n_movies=size or 100_000)
 
 
+def _controller(folder: Path, size: int | None) -> Figures:
+    from stream.commands.bench_controller import run_controller_benchmark
+
+    return run_controller_benchmark(folder, n_movies=size or 100_000)
+
+
 def _stream(folder: Path, size: int | None) -> Figures:
     from stream.commands.bench_stream import run_stream_benchmark
 
@@ -137,6 +143,7 @@ BENCHMARKS: dict[str, Callable[[Path, int | None], Figures]] = {
     "preprocess": _preprocess,
     "motion": _motion,
     "journal": _journal,
+    "controller": _controller,
     "stream": _stream,
     "score": _score,
     "vit-b": _vit_b,

@@ -95,7 +95,7 @@ class Controller:
     def handle(self, event: Event) -> list[Command]:
         """Take one event and return what is to be done now."""
         commands: list[Command] = []
-        best = self.best_run
+        best = self.best_run if isinstance(event, SessionDecided) else None
         self.wishes.take(event)
         match event:
             case SessionOpened():

@@ -6,6 +6,7 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import add
 from statistics import fmean, stdev
 
 from stream.control.quality import QualityFigures
@@ -30,7 +31,11 @@ CAUSES = {
 class _Seen:
     figures: QualityFigures | None
     histogram: tuple[int, ...]
-    median: float | None
+
+    @property
+    def median(self) -> float | None:
+        """The exposure's own median, worked out when somebody asks: few of the exposures ever are."""
+        return median_of(self.histogram)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,10 +68,9 @@ class ScoreTrend:
             oldest = self._latest[0]
             self._previous.append(oldest)
             if oldest.histogram:
-                self._before = [a + b for a, b in zip(self._before, oldest.histogram, strict=True)]
+                self._before = list(map(add, self._before, oldest.histogram))
                 self._n_before += 1
-        counts = tuple(histogram)
-        self._latest.append(_Seen(figures=figures, histogram=counts, median=median_of(counts)))
+        self._latest.append(_Seen(figures=figures, histogram=tuple(histogram)))
 
     @property
     def n_latest(self) -> int:
@@ -88,7 +92,7 @@ class ScoreTrend:
     def compare(self) -> ScoreFall | None:
         """Compare the latest exposures with all before them, or None while there are too few of either."""
         before = median_of(self._before)
-        medians = [seen.median for seen in self._latest if seen.median is not None]
+        medians = [median for seen in self._latest if (median := seen.median) is not None]
         if before is None or self._n_before < N_RECENT or len(medians) < N_RECENT // 2:
             return None
         pooled = [
@@ -108,14 +112,14 @@ class ScoreTrend:
 
     def _find_cause(self) -> tuple[str | None, float | None]:
         """Return the figure with which scores fell together, over the latest exposures and those just before."""
-        seen = [s for s in (*self._previous, *self._latest) if s.median is not None and s.figures is not None]
+        seen = [
+            (s.figures, median)
+            for s in (*self._previous, *self._latest)
+            if s.figures is not None and (median := s.median) is not None
+        ]
         found: tuple[str | None, float | None] = (None, None)
         for name, words in CAUSES.items():
-            pairs = [
-                (value, s.median)
-                for s in seen
-                if s.median is not None and (value := _figure(s.figures, name)) is not None
-            ]
+            pairs = [(value, median) for f, median in seen if (value := _figure(f, name)) is not None]
             if len(pairs) < N_RECENT // 2:
                 continue
             rho = rank_correlation([a for a, _ in pairs], [b for _, b in pairs])
@@ -125,9 +129,7 @@ class ScoreTrend:
         return found
 
 
-def _figure(figures: QualityFigures | None, name: str) -> float | None:
-    if figures is None:
-        return None
+def _figure(figures: QualityFigures, name: str) -> float | None:
     if name == "ctf_fit_angstrom" and figures.has_rings is False:
         return math.inf  # no rings at all is worse than any fit
     value: float | None = getattr(figures, name)
