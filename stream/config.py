@@ -167,11 +167,13 @@ class QualitySettings(_Section):
 class RankerSettings(_Section):
     """Which ONNX CryoRanker scores, and how; None is the shipped default model.
 
-    `provider` is what runs it: auto takes TensorRT, CUDA, OpenVINO or the CPU, the first that works.
+    With `model_sha256` a file with another hash stops the session before it begins. `provider` is what runs it: auto takes
+    TensorRT, CUDA, OpenVINO or the CPU, the first that works.
     `outlier_sigmas` turns the guard against NaN, hot and dead pixels on; the released models were trained without.
     """
 
     model: Path | None = None
+    model_sha256: Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")] | None = None
     provider: ProviderChoice = "auto"
     outlier_sigmas: Annotated[float, Field(gt=0)] | None = None
     batch_size: Annotated[int, Field(ge=1, le=8192)] = 64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import signal
@@ -19,7 +20,7 @@ from actors.preprocess.settings import PreprocessSettings
 from models.optics.ctf_search import PHASE_SHIFT_RANGE_DEG, CtfSearch
 from stream import __version__
 from stream.app import Service, write_session
-from stream.config import CtfSettings, SessionSettings
+from stream.config import CtfSettings, RankerSettings, SessionSettings
 from stream.control.controller import Controller
 from stream.control.exposures import ExposureState
 from stream.ingest.source import ExposureSource, KnownFile, SourceSettings, is_about_settings
@@ -43,11 +44,24 @@ def count_workers(settings: SessionSettings) -> int:
     return settings.runtime.preprocess_workers or len(os.sched_getaffinity(0))
 
 
+def _check_model_hash(ranker: RankerSettings) -> None:
+    """Refuse to begin with another model than the one that the configuration names by its hash."""
+    if ranker.model_sha256 is None:
+        return
+    from models.cryoranker.serve import DEFAULT_MODEL
+
+    path = ranker.model or DEFAULT_MODEL
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != ranker.model_sha256.lower():
+        raise ConfigurationError(path, f"ranker.model_sha256 {ranker.model_sha256.lower()}", found)
+
+
 def build_worker_spec(settings: SessionSettings) -> WorkerSpec:
     """Return what every worker is told."""
     model = settings.ranker.model
     if model is not None and not model.is_file():
         raise ConfigurationError(model, "ranker.model is an ONNX file that exists")
+    _check_model_hash(settings.ranker)
     n_threads = settings.engine.n_threads or max(
         1, len(os.sched_getaffinity(0)) // settings.engine.max_parallel_runs
     )

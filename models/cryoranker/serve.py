@@ -59,6 +59,8 @@ class OnnxRanker:
     outlier_sigmas
         Replace NaN, hot and dead pixels by the image's median before scoring (`preprocess.replace_outliers`); None, the
         released models' way, leaves them. Scores with the guard have a `model_hash` of their own.
+    expected_sha256
+        Refuse a file with another SHA-256.
     has_device_buffers
         Whether to prepare and bind images on the session's device; None does so on a GPU.
     """
@@ -71,6 +73,7 @@ class OnnxRanker:
         n_threads: int = 1,
         batch_size: int = 64,
         outlier_sigmas: float | None = None,
+        expected_sha256: str | None = None,
         has_device_buffers: bool | None = None,
     ) -> None:
         if batch_size < 1 or n_threads < 1:
@@ -80,6 +83,10 @@ class OnnxRanker:
             msg = f"outlier_sigmas: {outlier_sigmas}, must be above 0"
             raise ValueError(msg)
         content = _read(path)
+        found_sha256 = hashlib.sha256(content).hexdigest()
+        if expected_sha256 is not None and found_sha256 != expected_sha256.lower():
+            msg = f"{path}: SHA-256 {found_sha256}, expected {expected_sha256.lower()}"
+            raise ValueError(msg)
         self.path = path
         self.outlier_sigmas = outlier_sigmas
         self.n_threads = n_threads

@@ -58,6 +58,7 @@ def score(
             "default: off, as the released models were trained.",
         ),
     ] = None,
+    expected_sha256: Annotated[str | None, typer.Option(help="Refuse a model with another hash.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Score particles."""
@@ -75,6 +76,7 @@ def score(
         n_threads=threads,
         provider=provider,
         outlier_sigmas=outlier_sigmas,
+        expected_sha256=expected_sha256,
     )
     if as_json:
         print_json(document)
@@ -96,6 +98,7 @@ def score_particles(
     n_threads: int = 1,
     provider: str = "auto",
     outlier_sigmas: float | None = None,
+    expected_sha256: str | None = None,
 ) -> dict[str, Any]:
     """Score the particles of a file, write the result and return the command's JSON document.
 
@@ -111,6 +114,7 @@ def score_particles(
         batch_size=batch_size,
         provider=provider,
         outlier_sigmas=outlier_sigmas,
+        expected_sha256=expected_sha256,
     )
     table = read_particle_table(particles, root=root, require_ctf=False)
     uids = find_uids(table)
@@ -155,6 +159,7 @@ def load_scorer(
     batch_size: int,
     provider: str = "auto",
     outlier_sigmas: float | None = None,
+    expected_sha256: str | None = None,
 ) -> OnnxRanker:
     """Load a ranker, the one that ships by default; what is wrong with it is a configuration error."""
     from models.cryoranker.providers import PROVIDER_CHOICES
@@ -171,9 +176,11 @@ def load_scorer(
             batch_size=batch_size,
             provider=cast("ProviderChoice", provider),
             outlier_sigmas=outlier_sigmas,
+            expected_sha256=expected_sha256,
         )
     except ValueError as error:
-        raise ConfigurationError(model or DEFAULT_MODEL, "the model is a ranker in ONNX", error) from error
+        rule = "the model is a ranker in ONNX, with the hash that was expected"
+        raise ConfigurationError(model or DEFAULT_MODEL, rule, error) from error
 
 
 def find_uids(table: ParticleTable) -> NDArray[np.uint64]:
