@@ -177,6 +177,7 @@ class Narrator:
 
     def follow(self, controller: Controller) -> None:
         """Print decisions and advice that are new since the last call."""
+        self._threshold = controller.score_threshold
         for decision in self._decisions.take(controller):
             self._say(decision.at, f"[cyan]decided[/cyan] {escape(decision.what)}: {escape(decision.why)}")
         for advice in self._advice.take(controller):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from story import fit, found, moved, preprocessed, ranked
+from story import fit, found, moved, preprocessed, ranked, run_result, tell
 from typer.testing import CliRunner
 
 from stream.app import Service, write_session
@@ -17,7 +17,7 @@ from stream.commands.decide import decide_session, parse_window, tighten
 from stream.config import SessionSettings, parse_settings
 from stream.control.controller import Controller
 from stream.records.errors import ConfigurationError, IcestreamError
-from stream.records.events import SessionDecided
+from stream.records.events import RunEnded, SessionDecided
 from stream.records.values import QualityLimits
 from stream.records.wishes import Wish, WishKind
 from stream.status import load_status
@@ -29,7 +29,7 @@ from stream.telemetry.metrics import Telemetry
 SYMMETRY = Wish(kind=WishKind.SET_SYMMETRY, symmetry="D2")
 
 
-def make_settings(folder: Path) -> SessionSettings:
+def make_settings(folder: Path, **sections: Any) -> SessionSettings:
     (folder / "in").mkdir(exist_ok=True)
     document = {
         "movies": folder / "in",
@@ -37,6 +37,7 @@ def make_settings(folder: Path) -> SessionSettings:
         "microscope": {"voltage_kv": 300, "cs_mm": 2.7},
         "acquisition": {"pixel_size_angstrom": 1.0, "dose_e_per_angstrom2": 30},
         "runtime": {"preprocess_workers": 2, "min_free_disk_bytes": 0},
+        **sections,
     }
     return parse_settings(document, item="test")
 
@@ -168,6 +169,57 @@ def test_a_looser_exclusion_than_the_limit_in_force_is_refused() -> None:
 def test_a_moment_with_a_zone_is_that_moment() -> None:
     window = parse_window("2026-03-01T12:00:00+01:00", "2026-03-01T11:00:10Z")
     assert (window.from_s, window.to_s) == (1772362800.0, 1772362810.0)
+
+
+def add_runs(layout: OutputLayout, folder: Path) -> None:
+    """Two runs, asked for by hand, of which the second has the finer map."""
+    settings = make_settings(folder, policy={"rungs": [50], "final_min_particles": 50})
+    write_session(settings, layout)
+    with Journal(layout.journal) as journal:
+        controller = Controller(settings.controller_settings(n_preprocess_workers=2))
+        for event in journal.replay():
+            controller.handle(event)
+        more = [found("d", 40 * 10**9), preprocessed("d", 60), ranked("d", 60)]
+        force = SessionDecided(at=3.0, wish=Wish(kind=WishKind.FORCE_RUN), reason="look again")
+        for event in (
+            *more,
+            RunEnded(at=4.0, result=run_result("run001", resolution=8.0)),
+            force,
+            RunEnded(at=5.0, result=run_result("run002", resolution=7.0)),
+        ):
+            journal.append(tell(controller, event)[1])
+
+
+def test_a_run_is_pinned_and_another_rejected_until_it_is_taken_back(
+    layout: OutputLayout, tmp_path: Path
+) -> None:
+    add_runs(layout, tmp_path)
+    out = str(layout.root)
+    assert load_status(layout.root)["accepted_run"] == "run002"
+    assert "it names a run of this session (run001, run002" in refused(out, "--pin", "run9")
+    run(out, "--pin", "run001", "--reason", "run002 has streaks")
+    assert load_status(layout.root)["accepted_run"] == "run001"
+    run(out, "--undo", "d2")
+    assert load_status(layout.root)["accepted_run"] == "run002"
+    document = run(out, "--reject-run", "run002", "--reason", "streaks")
+    assert document["in_force"]["rejected_runs"] == ["run002"]
+    assert load_status(layout.root)["accepted_run"] == "run001"
+    assert "a run that was asked for is not taken back" in refused(out, "--undo", "d1")
+
+
+def test_exposures_of_a_time_are_left_out_until_it_is_taken_back(layout: OutputLayout) -> None:
+    out = str(layout.root)
+    document = run(
+        out, "--exclude-time", "1970-01-01T00:00:15Z", "1970-01-01T00:00:25Z", "--reason", "refill"
+    )
+    assert document["in_force"]["excluded_times"] == [
+        "from 1970-01-01T00:00:15+00:00 to 1970-01-01T00:00:25+00:00"
+    ]
+    status = load_status(layout.root)
+    assert [item["name"] for item in status["rejected"]] == ["b"]
+    assert status["rejected_by"] == {"excluded_time": 1}
+    run(out, "--undo", "d1")
+    assert load_status(layout.root)["movies"]["rejected"] == 0
 
 
 def open_service(layout: OutputLayout, folder: Path) -> Service:
