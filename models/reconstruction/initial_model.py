@@ -2,9 +2,10 @@
 
 Starts differ in seed and, every second one, in the radius they begin with: dwelling at low resolution helps most
 structures and traps those that are nearly symmetric there. All of them search in C1 and run to half time; the
-likeliest two go on to the end, and further ones one by one until a second map agrees with the best. A point group is
-imposed afterwards on several candidate frames of the finished maps, each polished by EM within the group, and again
-the held-out likelihood chooses: it knows the images, the symmetry score only the map.
+likeliest two go on to the end. Where they are not the same map, the others follow and as many new ones, one by one,
+until a second map agrees with the best. A point group is imposed afterwards on several candidate frames of the
+finished maps, each polished by EM within the group, and again the held-out likelihood chooses: it knows the images,
+the symmetry score only the map.
 """
 
 from __future__ import annotations
@@ -65,8 +66,8 @@ def find_initial_model(
     n_threads: int = 1,
     on_progress: Callable[[str, EmProgress], None] | None = None,
 ) -> InitialModel:
-    """Return the likeliest map of `n_starts`, in the group's setting."""
-    names = [f"start {i + 1}" for i in range(n_starts)]
+    """Return the likeliest map of `n_starts` (twice as many where no two of them agree), in the group's setting."""
+    names = [f"start {i + 1}" for i in range(2 * n_starts)]
 
     def begin(index: int) -> OnlineEm:
         first = settings.first_shell if index % 2 == 0 else min(SECOND_FIRST_SHELL, settings.last_shell)
@@ -79,15 +80,22 @@ def find_initial_model(
         starts[index].run_to_end(_named(names[index], on_progress))
         return starts[index].result()
 
+    def judge() -> torch.Generator:
+        return torch.Generator().manual_seed(seed)
+
     with fast_products(), ThreadPoolExecutor(max_workers=max(1, n_threads)) as pool:
-        starts = list(pool.map(begin, range(n_starts)))
-        early = list(pool.map(lambda em: float(em.held_out_evidence().double().mean()), starts))
-        order = sorted(range(n_starts), key=lambda i: -early[i])
+        starts = dict(enumerate(pool.map(begin, range(n_starts))))
+        early = list(pool.map(lambda em: float(em.held_out_evidence().double().mean()), starts.values()))
+        order = sorted(starts, key=lambda i: -early[i])
         finished = dict(zip(order[:2], pool.map(finish, order[:2]), strict=True))
         agreement = _agreement(list(finished.values()))
-        for index in order[2:]:
-            if agreement is None or agreement >= MINIMUM_AGREEMENT:
+        for index in [*order[2:], *range(n_starts, 2 * n_starts)]:
+            best = max(finished.values(), key=lambda result: result.log_evidence)
+            is_settled = agreement is None or agreement >= MINIMUM_AGREEMENT
+            if is_settled or not judge_seed(data, best, settings, judge()).is_accepted:
                 break
+            if index not in starts:
+                starts[index] = begin(index)
             finished[index] = finish(index)
             agreement = _agreement(list(finished.values()))
     ranked = sorted(finished, key=lambda i: -finished[i].log_evidence)
@@ -112,7 +120,7 @@ def find_initial_model(
         reports=(*reports, *more),
         evidence_spread=spread,
         symmetry_score=score,
-        acceptance=judge_seed(data, best, settings, torch.Generator().manual_seed(seed), agreement),
+        acceptance=judge_seed(data, best, settings, judge(), agreement),
     )
 
 

@@ -72,7 +72,7 @@ def run_convergence_benchmark(
         done = {(run["structure"], run["seed"]) for run in read_runs(runs_file)}
         for seed in seeds:
             if (name, seed) not in done:
-                run = run_once(name, seed)
+                run = run_once(name, seed, folder)
                 with runs_file.open("a") as lines:
                     lines.write(json.dumps(run) + "\n")
     return summarise(read_runs(runs_file))
@@ -127,13 +127,14 @@ def _median(values: list[float]) -> float:
     return float(statistics.median(values))
 
 
-def run_once(name: str, seed: int) -> dict[str, Any]:
-    """Simulate one set, find its initial model and measure it against the truth."""
+def run_once(name: str, seed: int, folder: Path) -> dict[str, Any]:
+    """Simulate one set, find its initial model, keep it in `folder` and measure it against the truth."""
     import torch
 
     from models.reconstruction.initial_model import find_initial_model
     from models.reconstruction.online_em import OnlineEmSettings
     from models.reconstruction.particle_data import particle_data
+    from models.reconstruction.volume_io import write_volume
 
     particles = simulate_particles(name, N_PARTICLES, BOX_PX, SNR, seed)
     pixel = particles.pixel_size_angstrom
@@ -142,6 +143,7 @@ def run_once(name: str, seed: int) -> dict[str, Any]:
     started, started_cpu = time.perf_counter(), time.process_time()
     model = find_initial_model(data, settings, torch.eye(3)[None], n_starts=N_STARTS, seed=seed)
     seconds, cpu_s = time.perf_counter() - started, time.process_time() - started_cpu
+    write_volume(folder / f"{name}-{seed}.mrc", model.volume, pixel)
     rows = (~particles.is_junk).nonzero()[:_N_MATCHED, 0]
     subset, truth_poses = data.take(rows), particles.rotations[rows]
     error = grid_error_deg(model.volume, subset, truth_poses, settings, seed)

@@ -54,7 +54,8 @@ def test_the_rod_is_nearly_the_same_upside_down() -> None:
 def test_runs_that_are_done_are_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[tuple[str, int]] = []
 
-    def run(name: str, seed: int) -> dict[str, Any]:
+    def run(name: str, seed: int, folder: Path) -> dict[str, Any]:
+        assert folder == tmp_path
         ran.append((name, seed))
         return made_up_run(name, seed, error=10.0)
 
