@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from stream.config import parse_engine_choice, parse_limits, parse_score_threshold
 from stream.control.controller import Controller
+from stream.control.runs import RunRecord
 from stream.control.wishes import LimitsChange, OverruleChange
 from stream.records.errors import ConfigurationError, IcestreamError, InputError
 from stream.records.events import Event, ExposureOverruled, QualityLimitsChanged, SessionDecided
@@ -51,10 +52,12 @@ def _check_wish(wish: Wish, controller: Controller) -> None:
     """Raise when a wish names a run that is not there, or a value outside of its range."""
     match wish.kind:
         case WishKind.PIN_RUN:
-            _require_run(wish.run_id, controller)
-            if wish.run_id is not None and controller.runs[wish.run_id].result is None:
-                state = controller.runs[wish.run_id].state.value
-                raise ConfigurationError(wish.run_id, "a run that is pinned has ended with a map", state)
+            run = _require_run(wish.run_id, controller)
+            if run.result is None or run.result.resolution_angstrom is None:
+                rule = (
+                    f"a run that is pinned has ended with a map that has a resolution; {wish.run_id} has not"
+                )
+                raise ConfigurationError("decide", rule, run.state.value)
         case WishKind.REJECT_RUN:
             _require_run(wish.run_id, controller)
         case WishKind.SET_SYMMETRY | WishKind.SET_MASK_DIAMETER:
@@ -66,10 +69,12 @@ def _check_wish(wish: Wish, controller: Controller) -> None:
             pass
 
 
-def _require_run(run_id: RunId | None, controller: Controller) -> None:
-    if run_id not in controller.runs:
+def _require_run(run_id: RunId | None, controller: Controller) -> RunRecord:
+    run = None if run_id is None else controller.runs.get(run_id)
+    if run is None:
         known = ", ".join(controller.runs) or "it has none yet"
         raise ConfigurationError("decide", f"it names a run of this session ({known})", run_id)
+    return run
 
 
 def _undo(decision_id: str, controller: Controller, at: float, reason: str, request_id: str) -> Event:

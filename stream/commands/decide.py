@@ -198,7 +198,7 @@ def describe_decision(decision: PersonsDecision, controller: Controller) -> dict
     if isinstance(decision.content, OverruleChange) and not decision.undoes:
         record = controller.exposures.get(decision.content.exposure_id)
         what = f"{what} {decision.content.exposure_id if record is None else record.name}"
-    undo = controller.wishes.find_undo_of(decision.decision_id)
+    undo = controller.wishes.find_undo_of(decision.decision_id) if decision.is_undone else None
     return {
         "id": decision.decision_id,
         "at": decision.at,

@@ -172,7 +172,7 @@ def test_a_moment_with_a_zone_is_that_moment() -> None:
 
 
 def add_runs(layout: OutputLayout, folder: Path) -> None:
-    """Two runs, asked for by hand, of which the second has the finer map."""
+    """Two runs, of which the second has the finer map, and a third one in work."""
     settings = make_settings(folder, policy={"rungs": [50], "final_min_particles": 50})
     write_session(settings, layout)
     with Journal(layout.journal) as journal:
@@ -186,6 +186,7 @@ def add_runs(layout: OutputLayout, folder: Path) -> None:
             RunEnded(at=4.0, result=run_result("run001", resolution=8.0)),
             force,
             RunEnded(at=5.0, result=run_result("run002", resolution=7.0)),
+            force,
         ):
             journal.append(tell(controller, event)[1])
 
@@ -197,9 +198,10 @@ def test_a_run_is_pinned_and_another_rejected_until_it_is_taken_back(
     out = str(layout.root)
     assert load_status(layout.root)["accepted_run"] == "run002"
     assert "it names a run of this session (run001, run002" in refused(out, "--pin", "run9")
+    assert "run003 has not (found: running)" in refused(out, "--pin", "run003")
     run(out, "--pin", "run001", "--reason", "run002 has streaks")
     assert load_status(layout.root)["accepted_run"] == "run001"
-    run(out, "--undo", "d2")
+    run(out, "--undo", "d3")
     assert load_status(layout.root)["accepted_run"] == "run002"
     document = run(out, "--reject-run", "run002", "--reason", "streaks")
     assert document["in_force"]["rejected_runs"] == ["run002"]
