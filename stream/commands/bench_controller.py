@@ -21,7 +21,14 @@ from stream.commands.bench_journal import make_events
 from stream.control.controller import Controller
 from stream.control.settings import ControllerSettings
 from stream.records.commands import ClusterParticles, Command, StartRun
-from stream.records.events import Event, InputEnded, ParticlesClustered, RunEnded
+from stream.records.events import (
+    CampaignEnded,
+    CampaignStarted,
+    Event,
+    InputEnded,
+    ParticlesClustered,
+    RunEnded,
+)
 from stream.records.values import ClusteringResult, RunResult
 from stream.store.journal import Journal, read_journal
 
@@ -45,10 +52,11 @@ def run_controller_benchmark(folder: Path, n_movies: int = 100_000) -> list[dict
             "name": "controller_live",
             "value": live["n_events"] / live["seconds"],
             "unit": "events/s",
-            "baseline": f"the first tenth of the session: {1e6 / first:.0f} events/s",
+            "baseline": f"the first tenth of the session, campaigns apart: {1e6 / first:.0f} events/s",
             "ratio": first / last,
             "microseconds_by_part": [round(value, 1) for value in live["microseconds_by_part"]],
-            "longest_batch_s": live["longest_s"],
+            "campaign_ms": round(1e3 * live["campaign_s"] / max(live["n_campaigns"], 1), 1),
+            "longest_batch_ms": round(1e3 * live["longest_s"], 1),
             **{key: live[key] for key in told},
             "peak_rss_bytes": live["peak_rss_bytes"],
             "rss_per_movie_bytes": (live["peak_rss_bytes"] - live["rss_before_bytes"]) / n_movies,
@@ -71,16 +79,21 @@ def play(path: Path, n_movies: int) -> dict[str, Any]:
     before = _peak_rss()
     controller = Controller(ControllerSettings())
     n_batches = 3 * n_movies // EVENTS_PER_BATCH + 1
-    spent, counts, longest, n_events = [0.0] * N_PARTS, [0] * N_PARTS, 0.0, 0
+    spent, counts = [0.0] * N_PARTS, [0] * N_PARTS
+    longest, campaign_s, n_events = 0.0, 0.0, 0
     with Journal(path) as journal:
         waiting: list[Event] = []
         for number, batch in enumerate(_batches(n_movies)):
             started = time.process_time()
             committed = _take(controller, batch)
             took = time.process_time() - started
-            part = min(N_PARTS * number // n_batches, N_PARTS - 1)
-            spent[part] += took
-            counts[part] += len(committed)
+            if any(isinstance(event, CampaignStarted | CampaignEnded) for event in committed):
+                # Its exposures are listed then: told apart, because it happens some twenty times in a session.
+                campaign_s += took
+            else:
+                part = min(N_PARTS * number // n_batches, N_PARTS - 1)
+                spent[part] += took
+                counts[part] += len(committed)
             longest = max(longest, took)
             n_events += len(committed)
             waiting += committed
@@ -89,7 +102,8 @@ def play(path: Path, n_movies: int) -> dict[str, Any]:
                 waiting = []
         journal.append(waiting)
     return _describe(controller) | {
-        "seconds": sum(spent),
+        "seconds": sum(spent) + campaign_s,
+        "campaign_s": campaign_s,
         "microseconds_by_part": [1e6 * s / n for s, n in zip(spent, counts, strict=True)],
         "longest_s": longest,
         "n_events": n_events,
