@@ -26,6 +26,7 @@ from actors.engines.base import (
     SeedRefused,
 )
 from actors.engines.run_figures import read_run_figures
+from actors.engines.union_run import UNIONS_NAME
 from stream.records.commands import StartRun
 from stream.records.errors import ConfigurationError, InputError
 from stream.records.values import ClusteringId, RunRequest, RunResult, UnionForecast
@@ -33,9 +34,6 @@ from stream.sinks.exporter import write_run_input
 from stream.store.layout import OutputLayout
 
 log = logging.getLogger(__name__)
-
-UNIONS_NAME = "unions.json"
-"""In the folder of a run whose engine measured unions of clusters; the key `best` holds the best one."""
 
 
 COMPARED_TO_ANGSTROM = 20.0
@@ -78,7 +76,7 @@ def run_engine(
     n_particles = write_run_input(layout, command.members, request.model_hash, request.subset, particles)
     seconds = {"collect": time.monotonic() - started}
     log.info("run_started run=%s particles=%d", request.run_id, n_particles)
-    source = EngineInput(particles_star=particles, root=layout.root)
+    source = _engine_input(layout, request, particles)
     initial, poses = _find_start(layout, request)
     try:
         if initial is None:
@@ -123,6 +121,19 @@ def run_engine(
         correlation=correlation,
         union=read_union(final / UNIONS_NAME),
         figures=read_run_figures(final),
+    )
+
+
+def _engine_input(layout: OutputLayout, request: RunRequest, particles: Path) -> EngineInput:
+    """Return the engine's input; sums are kept by cluster where the subset is all of a clustering."""
+    clustering = request.subset.clustering
+    if clustering is None or request.subset.clusters:
+        return EngineInput(particles_star=particles, root=layout.root)
+    return EngineInput(
+        particles_star=particles,
+        root=layout.root,
+        clusters=layout.cluster_labels(clustering),
+        clustering=clustering,
     )
 
 

@@ -1,14 +1,18 @@
 """Preferred orientation: no run from nothing passes the cFAR bound, so the particles are divided by view.
 
-A union of clusters that the sums of a search run foretell to pass is tried first, because it costs one refinement;
-only where there is none, or where it does not keep what was foretold, each cluster gets an initial model
-and a refinement. Of what passes the best resolution is the map that everything is refined against.
+cluster ──▶ survey: the best search run continued, its sums kept by cluster ──▶ the union that they foretell to pass
+        ──▶ where there is none, or it does not keep what was foretold: each cluster from nothing
+
+A union costs a short run and a refinement, the clusters eight initial models. Of what passes the best resolution is the
+map that everything is refined against.
 
 Clusters under `cluster_min_particles` are left out; with fewer than two such clusters' worth of particles there
-is nothing to divide. A clustering that fails (no features, say) ends the branch.
+is nothing to divide. A clustering that fails (no features, say) ends the branch; without a survey there is no union.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from stream.control.campaign import CampaignRecord, ClusteringDraft, RunDraft, Step, list_passed, subset_of
 from stream.control.runs import choose_best, find_cfar_bound
@@ -20,12 +24,6 @@ FROM_BRANCH = (RunPurpose.UNION, RunPurpose.CLUSTER)
 
 def list_branch_step(campaign: CampaignRecord, policy: RunPolicy) -> Step | None:
     """Return the branch's next step, None when it has nothing left to try."""
-    union = _draft_union(campaign, policy)
-    if union is not None:
-        if (missing := campaign.list_missing([union])) is not None:
-            return missing
-        if list_passed(campaign.list_results(RunPurpose.UNION), policy):
-            return None
     request = campaign.request
     if request.n_particles < 2 * policy.cluster_min_particles:
         return None
@@ -37,6 +35,13 @@ def list_branch_step(campaign: CampaignRecord, policy: RunPolicy) -> Step | None
         )
     if campaign.clustering.is_in_work:
         return ()
+    if campaign.clustering.result is None:
+        return None
+    for draft in (_draft_survey(campaign), _draft_union(campaign, policy)):
+        if draft is not None and (missing := campaign.list_missing([draft])) is not None:
+            return missing
+    if list_passed(campaign.list_results(RunPurpose.UNION), policy):
+        return None
     return campaign.list_missing(list_cluster_runs(campaign, policy))
 
 
@@ -69,10 +74,11 @@ def list_cluster_runs(campaign: CampaignRecord, policy: RunPolicy) -> list[RunDr
 
 
 def find_forecast(campaign: CampaignRecord, policy: RunPolicy) -> tuple[RunResult, UnionForecast] | None:
-    """Return the search run whose sums foretell a union that passes, the finest one, or None."""
-    results = campaign.list_results(RunPurpose.INITIAL, RunPurpose.REBUILD)
-    foretold = [(r, r.union) for r in results if r.union is not None and _would_pass(r, r.union, policy)]
-    return min(foretold, key=lambda pair: pair[1].resolution_angstrom or float("inf"), default=None)
+    """Return the survey whose sums foretell a union that passes, with the forecast, or None."""
+    for run in campaign.list_results(RunPurpose.SURVEY):
+        if run.union is not None and _would_pass(run, run.union, policy):
+            return run, run.union
+    return None
 
 
 def _would_pass(run: RunResult, forecast: UnionForecast, policy: RunPolicy) -> bool:
@@ -80,6 +86,22 @@ def _would_pass(run: RunResult, forecast: UnionForecast, policy: RunPolicy) -> b
         return False
     return (
         forecast.cfar >= find_cfar_bound(run, policy) and forecast.n_particles >= policy.cluster_min_particles
+    )
+
+
+def _draft_survey(campaign: CampaignRecord) -> RunDraft | None:
+    """Return the run that continues the best search run with its particles in clusters."""
+    best = choose_best(campaign.list_results(RunPurpose.INITIAL, RunPurpose.REBUILD))
+    if best is None or best.resolution_angstrom is None or campaign.clustering is None:
+        return None
+    source = next(r.request for r in campaign.runs if r.run_id == best.run_id)
+    return RunDraft(
+        purpose=RunPurpose.SURVEY,
+        subset=replace(source.subset, clustering=campaign.clustering.request.clustering_id),
+        n_particles=source.n_particles,
+        start_map=best.run_id,
+        warm_start=best.run_id,
+        reason=f"sums of {best.run_id} by cluster, to foretell their unions",
     )
 
 
@@ -92,12 +114,7 @@ def _draft_union(campaign: CampaignRecord, policy: RunPolicy) -> RunDraft | None
     names = ", ".join(str(label + 1) for label in forecast.clusters)
     return RunDraft(
         purpose=RunPurpose.UNION,
-        subset=ParticleSubset(
-            score_threshold=source.score_threshold,
-            top=source.top,
-            clustering=forecast.clustering,
-            clusters=forecast.clusters,
-        ),
+        subset=replace(source, clusters=forecast.clusters),
         n_particles=forecast.n_particles,
         start_map=run.run_id,
         reason=f"clusters {names} together: the sums of {run.run_id} foretell a cFAR of {forecast.cfar:.2f}",

@@ -243,6 +243,7 @@ class RunPurpose(Enum):
     UPDATE = "update"  # everything, continued from the accepted map and its poses
     REBUILD = "rebuild"  # everything, from nothing, to be compared with the update
     INITIAL = "initial"  # the best ranked, from nothing
+    SURVEY = "survey"  # a search run continued with its particles in clusters, to foretell their unions
     UNION = "union"  # clusters that the sums of another run foretell to be isotropic together
     CLUSTER = "cluster"  # one cluster of like views, from nothing
     TEMPLATE = "template"  # everything, refined from the chosen cluster's map
@@ -254,7 +255,7 @@ class ParticleSubset:
     """Which of the members' particles a run uses: of those above the threshold (and in the clusters) the best `top`.
 
     Ranks go over all members; equal scores are ranked by uid, so that the order of arrival does not matter.
-    `clusters` are labels of `clustering`; empty = all.
+    `clusters` are labels of `clustering`; empty = all, their sums kept by cluster.
     """
 
     score_threshold: float

@@ -259,6 +259,7 @@ def test_preferred_orientation_is_answered_by_clusters_of_like_views() -> None:
         "initial 300",
         "initial 600",
         "cluster",
+        "survey 600",
         "cluster 100 (0,)",
         "cluster 200 (1,)",
         "cluster 150 (3,)",
@@ -295,11 +296,16 @@ def test_a_union_that_the_sums_foretell_saves_the_clusters_runs() -> None:
     )
 
     def answer(request: RunRequest) -> dict[str, Any]:
-        said = {"resolution": 7.2, "cfar": 0.3} if request.start_map else {"resolution": 5.0, "cfar": 0.03}
-        return said | {"union": forecast if request.purpose is RunPurpose.INITIAL else None}
+        streaked = (RunPurpose.INITIAL, RunPurpose.SURVEY)
+        said = (
+            {"resolution": 5.0, "cfar": 0.03}
+            if request.purpose in streaked
+            else {"resolution": 7.2, "cfar": 0.3}
+        )
+        return said | {"union": forecast if request.purpose is RunPurpose.SURVEY else None}
 
     controller, asked = finish(SETTINGS, answer)
-    assert asked[:4] == ["initial 300", "initial 600", "union 120 (0, 2)", "template 600"]
+    assert asked[2:6] == ["cluster", "survey 600", "union 120 (0, 2)", "template 600"]
     assert "foretold 7.00 Å, cFAR 0.33; obtained 7.20 Å, cFAR 0.30" in words(controller)
 
 
@@ -314,10 +320,10 @@ def test_a_union_that_does_not_keep_what_was_foretold_is_followed_by_the_cluster
     )
 
     def answer(request: RunRequest) -> dict[str, Any]:
-        return preferred(request) | {"union": forecast if request.purpose is RunPurpose.INITIAL else None}
+        return preferred(request) | {"union": forecast if request.purpose is RunPurpose.SURVEY else None}
 
     _, asked = finish(SETTINGS, answer)
-    assert asked[2:5] == ["union 120 (0, 2)", "cluster", "cluster 100 (0,)"]
+    assert asked[2:6] == ["cluster", "survey 600", "union 120 (0, 2)", "cluster 100 (0,)"]
 
 
 def test_a_clustering_that_fails_or_divides_too_finely_leaves_the_sweep_to_the_best_resolution() -> None:
