@@ -38,6 +38,7 @@ from models.fourier.point_groups import symmetry_matrices
 from models.fourier.rotations import euler_to_matrix
 from models.fourier.volumes import resample_volume
 from models.reconstruction.acceptance import ROUND_SHARE
+from models.reconstruction.cross_evidence import cross_half_evidence
 from models.reconstruction.fsc import masked_fsc
 from models.reconstruction.half_set import WarmPoses
 from models.reconstruction.halfmaps import combine_halves
@@ -55,7 +56,7 @@ from models.reconstruction.refinement import (
 from models.reconstruction.symmetry import impose_symmetry, symmetry_score
 from models.reconstruction.volume_io import read_volume, write_volume
 from stream.ingest.particle_sets import read_particle_table
-from stream.records.errors import ConfigurationError, InputError
+from stream.records.errors import ConfigurationError, InputError, ResourceError
 from stream.store.files import replacing
 
 _EFFORT = {"quick": (50, 300), "normal": (80, 400), "thorough": (120, 600)}
@@ -126,11 +127,12 @@ class EmbeddedEngine:
                 on_progress=report,
             )
         description = _describe(model, settings, time.monotonic() - started)
-        folder.write_json(folder.initial_summary, description | {"digest": digest})
+        with _writing(out):
+            folder.write_json(folder.initial_summary, description | {"digest": digest})
         if model.acceptance.reason is not None:
             rule = f"the particles determine a map; {model.acceptance.reason}"
             raise SeedRefused(source.particles_star, rule, f"{len(data)} particles")
-        with replacing(folder.initial_map) as temporary:
+        with _writing(out), replacing(folder.initial_map) as temporary:
             write_volume(temporary, model.volume, data.pixel_size_angstrom)
         return folder.initial_map
 
@@ -196,11 +198,12 @@ class EmbeddedEngine:
                 notes.append(outcome.note)
         clock.lap("refine")
         folder = RunFolder(out)
-        if state is not None:
-            write_state(folder.state, state)
-        clock.lap("state")
-        output = _finish(particles, result, state, mask, settings, source, group, folder, clock, notes)
-        (out / CHECKPOINT_NAME).unlink(missing_ok=True)
+        with _writing(out):
+            if state is not None:
+                write_state(folder.state, state)
+            clock.lap("state")
+            output = _finish(particles, result, state, mask, settings, source, group, folder, clock, notes)
+            (out / CHECKPOINT_NAME).unlink(missing_ok=True)
         return output
 
     def orientation_diagnostics(self, out: Path) -> Mapping[str, Any]:
@@ -240,6 +243,15 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """Name what could not be written: a full disk is no fault of the particles, and the run may be tried again."""
+    try:
+        yield
+    except OSError as error:
+        raise ResourceError(target, "the disk takes what a run writes", error) from error
 
 
 def _check(should_stop: StopCheck | None, item: Path) -> None:
@@ -343,7 +355,8 @@ def _refine(
     while not refinement.is_done:
         check()
         step = refinement.step()
-        checkpoint.save(refinement)
+        with _writing(checkpoint.path):
+            checkpoint.save(refinement)
         report(step)
     return refinement.result()
 
@@ -368,6 +381,18 @@ def _finish(
     if mask is None:
         mask = mask_from_map(0.5 * (result.half1 + result.half2), pixel_size)
     curves = masked_fsc(result.half1, result.half2, mask, pixel_size, generator=generator)
+    evidence = cross_half_evidence(
+        data, particles.half_set, (result.half1, result.half2), curves.unmasked, mask, generator
+    )
+    if curves.resolution_angstrom is None:
+        notes.append("the halves do not correlate beyond chance: no resolution")
+    elif not evidence.is_supported:
+        notes.append(
+            f"the halves agree to {curves.resolution_angstrom:.1f} Å, but the particles of one do not support the map "
+            f"of the other ({evidence.log_evidence:.2f} nats each, {evidence.z:.1f} standard deviations above noise): "
+            "no resolution"
+        )
+        curves = replace(curves, resolution_angstrom=None, is_at_nyquist=False)
     combined = combine_halves(
         result.half1, result.half2, curves.corrected, pixel_size, curves.resolution_angstrom
     )
@@ -397,9 +422,7 @@ def _finish(
             cfar_null=diagnostics.cfar_null,
         )
     clock.lap("growth")
-    if curves.resolution_angstrom is None:
-        notes.append("the halves do not correlate beyond chance: no resolution")
-    elif curves.is_at_nyquist:
+    if curves.is_at_nyquist:
         notes.append("the FSC stays above 0.143 to Nyquist: smaller pixels would show more")
     if pixel_size > particles.table.pixel_size_angstrom[0] * 1.001:
         notes.append(f"images were reduced to {data.box_size_px} px of {pixel_size:.3f} Å")
@@ -416,6 +439,7 @@ def _finish(
         growth=growth,
         local_resolution=local,
         images=_describe_images(particles, result),
+        cross_evidence=asdict(evidence),
     )
     return folder.write_summary(summary)
 

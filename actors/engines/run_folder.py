@@ -53,6 +53,7 @@ class RunSummary:
     growth: Mapping[str, Any] | None = None
     local_resolution: Mapping[str, float] | None = None
     images: Mapping[str, Any] | None = None
+    cross_evidence: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +228,7 @@ class RunFolder:
             "local_resolution_angstrom": summary.local_resolution,
             "growth": summary.growth,
             "images": summary.images,
+            "cross_evidence": summary.cross_evidence,
             "note": output.note,
             "seconds": output.seconds,
             "provenance": output.provenance,

@@ -34,7 +34,8 @@ def bench(
     part: Annotated[
         str | None,
         typer.Option(
-            help="convergence: structures and seeds (rod:0-3,antibody); engine: sets (ribozyme,betagal)."
+            help="convergence: structures and seeds (rod:0-3,antibody); engine: sets (ribozyme,betagal); "
+            "honesty: set0-4,noise,views."
         ),
     ] = None,
     box_px: Annotated[int | None, typer.Option(help="engine: side of the images.")] = None,
@@ -43,7 +44,7 @@ def bench(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Rerun one benchmark; convergence and engine keep what they did in --folder and go on from there."""
+    """Rerun one benchmark; convergence, engine and honesty keep what they did in --folder and go on from there."""
     if name not in (*BENCHMARKS, *LONG_BENCHMARKS):
         known = ", ".join((*BENCHMARKS, *LONG_BENCHMARKS))
         raise ConfigurationError("bench", f"a benchmark is one of {known}", name)
@@ -138,6 +139,16 @@ def _picking(folder: Path, size: int | None) -> Figures:
     return run_picking_benchmark(n_micrographs=size or 4)
 
 
+def _honesty(
+    folder: Path, size: int | None, part: str | None, box_px: int | None, limit_s: float | None
+) -> Figures:
+    from stream.commands.bench_honesty import run_honesty_benchmark
+
+    if size is not None or box_px is not None or limit_s is not None:
+        raise ConfigurationError("--size, --box-px, --limit-s", "the sets are given", "honesty")
+    return run_honesty_benchmark(folder, part=part)
+
+
 BENCHMARKS: dict[str, Callable[[Path, int | None], Figures]] = {
     "ingest": _ingest,
     "preprocess": _preprocess,
@@ -185,4 +196,5 @@ def _engine(
 LONG_BENCHMARKS: dict[str, Callable[[Path, int | None, str | None, int | None, float | None], Figures]] = {
     "convergence": _convergence,
     "engine": _engine,
+    "honesty": _honesty,
 }
