@@ -91,13 +91,13 @@ def _undo(decision_id: str, controller: Controller, at: float, reason: str, requ
     if isinstance(content, LimitsChange):
         return QualityLimitsChanged(
             at=at,
-            limits=content.take_back(controller.limits),
+            limits=wishes.limits_without(decision_id),
             reason=reason,
             request_id=request_id,
             undoes=decision_id,
         )
     if isinstance(content, OverruleChange):
-        word = wishes.word_without(content)
+        word = wishes.word_without(content.exposure_id, decision_id)
         return ExposureOverruled(
             at=at,
             exposure_id=content.exposure_id,

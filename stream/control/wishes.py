@@ -37,21 +37,19 @@ class LimitsChange:
     before: QualityLimits
     after: QualityLimits
 
-    def take_back(self, now: QualityLimits) -> QualityLimits:
-        """Return today's limits without this change; a limit that was changed again since stays as it is."""
-        names = [f.name for f in fields(QualityLimits)]
-        changed = [n for n in names if getattr(self.before, n) != getattr(self.after, n)]
-        kept = {n: getattr(self.before, n) for n in changed if getattr(now, n) == getattr(self.after, n)}
-        return replace(now, **kept)
+    def apply(self, limits: QualityLimits) -> QualityLimits:
+        """Return other limits with the same change."""
+        given = {f.name: getattr(self.after, f.name) for f in fields(QualityLimits)}
+        changed = {name: value for name, value in given.items() if value != getattr(self.before, name)}
+        return replace(limits, **changed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OverruleChange:
-    """A person's word on one exposure, before and after."""
+    """What a person said of one exposure."""
 
     exposure_id: ExposureId
-    before: OverruleWord
-    after: OverruleWord
+    word: OverruleWord
 
 
 @dataclass(slots=True, kw_only=True)
@@ -78,7 +76,7 @@ class Wishes:
     def __init__(self) -> None:
         self.history: list[PersonsDecision] = []
         self._limits = QualityLimits()
-        self._words: dict[ExposureId, OverruleWord] = {}
+        self._changes: list[tuple[str, LimitsChange]] = []
         self._reset()
 
     def _reset(self) -> None:
@@ -99,14 +97,16 @@ class Wishes:
             case QualityLimitsChanged():
                 change = LimitsChange(before=self._limits, after=event.limits)
                 self._limits = event.limits
-                if event.request_id != BY_CONFIGURATION:
-                    what = f"set quality limits: {describe_limits(event.limits)}"
-                    self._add(event.at, what, event.reason, change, undoes=event.undoes)
+                if event.request_id == BY_CONFIGURATION:
+                    self._changes.append(("", change))
+                    return
+                what = f"set quality limits: {describe_limits(event.limits)}"
+                self._add(event.at, what, event.reason, change, undoes=event.undoes)
+                if not event.undoes:
+                    self._changes.append((self.history[-1].decision_id, change))
             case ExposureOverruled(exposure_id=exposure_id):
-                after = OverruleWord(is_accepted=event.is_accepted, reason=event.reason)
-                before = self._words.get(exposure_id, OverruleWord())
-                self._words[exposure_id] = after
-                words = OverruleChange(exposure_id=exposure_id, before=before, after=after)
+                word = OverruleWord(is_accepted=event.is_accepted, reason=event.reason)
+                words = OverruleChange(exposure_id=exposure_id, word=word)
                 verb = {True: "accept", False: "reject", None: "judge by the limits again:"}
                 what = f"{verb[event.is_accepted]} exposure"
                 self._add(event.at, what, event.reason, words, undoes=event.undoes)
@@ -124,10 +124,27 @@ class Wishes:
         """Return the decision that stands and that took this one back, or None."""
         return next((d for d in self.history if d.undoes == decision_id and not d.is_undone), None)
 
-    def word_without(self, change: OverruleChange) -> OverruleWord:
-        """Return the word on an exposure without this change; one that was said since stays as it is."""
-        now = self._words.get(change.exposure_id, OverruleWord())
-        return change.before if now == change.after else now
+    def limits_without(self, decision_id: str) -> QualityLimits:
+        """Return what the limits would be if this decision were taken back now: all other changes, in order."""
+        undone = self._find_undone(decision_id)
+        limits = QualityLimits()
+        for changed_by, change in self._changes:
+            if changed_by not in undone:
+                limits = change.apply(limits)
+        return limits
+
+    def word_without(self, exposure_id: ExposureId, decision_id: str) -> OverruleWord:
+        """Return what would be said of an exposure if this decision were taken back now: the last word that stands."""
+        undone = self._find_undone(decision_id)
+        standing = (
+            d.content.word
+            for d in reversed(self.history)
+            if isinstance(d.content, OverruleChange)
+            and d.content.exposure_id == exposure_id
+            and not d.undoes
+            and d.decision_id not in undone
+        )
+        return next(standing, OverruleWord())
 
     def is_excluded(self, exposure: Exposure) -> bool:
         """Tell whether an exposure was taken in a time that a person excluded."""
@@ -161,14 +178,20 @@ class Wishes:
     def _fold_again(self) -> None:
         """Find from the last decision to the first which ones stand, and apply those in order."""
         self._reset()
-        undone: set[str] = set()
-        for decision in reversed(self.history):
+        undone = self._find_undone()
+        for decision in self.history:
             decision.is_undone = decision.decision_id in undone
-            if decision.undoes and not decision.is_undone:
-                undone.add(decision.undoes)
         for decision in self.history:
             if isinstance(decision.content, Wish) and not decision.is_undone:
                 self._apply(decision.content)
+
+    def _find_undone(self, also: str = "") -> set[str]:
+        """Return the decisions that later ones took back, as if `also` were taken back now, too."""
+        undone = {also} - {""}
+        for decision in reversed(self.history):
+            if decision.undoes and decision.decision_id not in undone:
+                undone.add(decision.undoes)
+        return undone
 
     def _apply(self, wish: Wish) -> None:
         match wish.kind:

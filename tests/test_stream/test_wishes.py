@@ -104,24 +104,46 @@ def test_limits_of_the_configuration_are_nobodys_decision() -> None:
     )
 
 
-def test_limits_that_are_taken_back_leave_those_that_were_changed_since() -> None:
-    before = QualityLimits(max_picks=9)
-    change = LimitsChange(before=before, after=replace(before, max_picks=5, max_ice_ratio=2.0))
-    now = replace(change.after, max_ice_ratio=1.0, max_masked_fraction=0.5)
-    assert change.take_back(now) == QualityLimits(max_picks=9, max_ice_ratio=1.0, max_masked_fraction=0.5)
+def limits_changed(**given: float) -> QualityLimitsChanged:
+    return QualityLimitsChanged(at=0.0, limits=QualityLimits(**given), reason="")  # type: ignore[arg-type]
 
 
-def test_a_word_on_an_exposure_is_taken_back_to_the_word_before() -> None:
-    def overruled(is_accepted: bool | None, reason: str) -> ExposureOverruled:
-        return ExposureOverruled(at=0.0, exposure_id=ExposureId("a"), is_accepted=is_accepted, reason=reason)
+def test_limits_that_are_taken_back_leave_what_others_changed() -> None:
+    wishes = folded(
+        limits_changed(max_picks=5, max_ice_ratio=2.0),
+        limits_changed(max_picks=5, max_ice_ratio=1.0),
+        limits_changed(max_picks=5, max_ice_ratio=1.0, max_masked_fraction=0.5),
+    )
+    assert wishes.limits_without("d1") == QualityLimits(max_ice_ratio=1.0, max_masked_fraction=0.5)
+    assert wishes.limits_without("d2") == QualityLimits(
+        max_picks=5, max_ice_ratio=2.0, max_masked_fraction=0.5
+    )
+    wishes.take(replace(limits_changed(max_ice_ratio=1.0, max_masked_fraction=0.5), undoes="d1"))
+    # The older value, taken back as well, does not come back with the later one's undo.
+    assert wishes.limits_without("d2") == QualityLimits(max_masked_fraction=0.5)
+    assert wishes.limits_without("d4") == QualityLimits(
+        max_picks=5, max_ice_ratio=1.0, max_masked_fraction=0.5
+    )
+
+
+def test_limits_of_the_configuration_stay_when_a_persons_are_taken_back() -> None:
+    configured = replace(limits_changed(max_picks=9), request_id=BY_CONFIGURATION)
+    assert folded(configured, limits_changed(max_picks=5)).limits_without("d1") == QualityLimits(max_picks=9)
+
+
+def test_a_word_on_an_exposure_is_taken_back_to_the_last_one_that_stands() -> None:
+    def overruled(is_accepted: bool | None, reason: str, undoes: str = "") -> ExposureOverruled:
+        return ExposureOverruled(
+            at=0.0, exposure_id=ExposureId("a"), is_accepted=is_accepted, reason=reason, undoes=undoes
+        )
 
     wishes = folded(overruled(True, "fine"), overruled(False, "ice"))
-    first, second = (d.content for d in wishes.history)
-    assert not isinstance(first, Wish | LimitsChange)
-    assert not isinstance(second, Wish | LimitsChange)
-    word = wishes.word_without(second)
+    word = wishes.word_without(ExposureId("a"), "d2")
     assert (word.is_accepted, word.reason) == (True, "fine")
-    assert wishes.word_without(first).is_accepted is False
+    assert wishes.word_without(ExposureId("a"), "d1").is_accepted is False
+    wishes.take(overruled(False, "ice", undoes="d1"))
+    assert wishes.word_without(ExposureId("a"), "d2").is_accepted is None
+    assert wishes.word_without(ExposureId("a"), "d3").is_accepted is False
 
 
 @pytest.mark.parametrize(
