@@ -2,7 +2,7 @@
 
 Starts differ in seed and, every second one, in the radius they begin with: dwelling at low resolution helps most
 structures and traps those that are nearly symmetric there. All of them search in C1 and run to half time; the
-likeliest two go on to the end. Where they are not the same map, the others follow and as many new ones, one by one,
+likeliest of each kind go on to the end. Where they are not the same map, the others follow and as many new ones, one by one,
 until a second map agrees with the best. A point group is imposed afterwards on several candidate frames of the
 finished maps, each polished by EM within the group, and again the held-out likelihood chooses: it knows the images,
 the symmetry score only the map.
@@ -86,7 +86,7 @@ def find_initial_model(
     with fast_products(), ThreadPoolExecutor(max_workers=max(1, n_threads)) as pool:
         starts = dict(enumerate(pool.map(begin, range(n_starts))))
         early = list(pool.map(lambda em: float(em.held_out_evidence().double().mean()), starts.values()))
-        order = sorted(starts, key=lambda i: -early[i])
+        order = _alternate(sorted(starts, key=lambda i: -early[i]))
         finished = dict(zip(order[:2], pool.map(finish, order[:2]), strict=True))
         agreement = _agreement(list(finished.values()))
         for index in [*order[2:], *range(n_starts, 2 * n_starts)]:
@@ -122,6 +122,12 @@ def find_initial_model(
         symmetry_score=score,
         acceptance=judge_seed(data, best, settings, judge(), agreement),
     )
+
+
+def _alternate(ranked: list[int]) -> list[int]:
+    """Put the best start that began at the other radius second: maps that two kinds of start agree on are worth more."""
+    other = next((i for i in ranked[1:] if i % 2 != ranked[0] % 2), None)
+    return ranked if other is None else [ranked[0], other, *(i for i in ranked[1:] if i != other)]
 
 
 def _agreement(results: list[EmResult]) -> float | None:

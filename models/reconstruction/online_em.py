@@ -39,7 +39,7 @@ from models.reconstruction.scoring import (
 from models.reconstruction.sufficient import ReconstructionGrid, correlate_shells, solve_map, ssnr_of
 from models.reconstruction.symmetry import turn_volume
 
-RISING = 0.01
+RISING = 0.005
 """A run whose held-out evidence rose by more than this share in its last block has not arrived yet."""
 
 
