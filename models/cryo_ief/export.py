@@ -242,7 +242,7 @@ def _write_graph(exported: ExportedVit, path: Path) -> None:
         msg = f"{path}: the exporter returned nothing"
         raise ValueError(msg)
     program.save(str(path), external_data=False)
-    _clear_value_info(path)
+    _tidy(path)
 
 
 @contextlib.contextmanager
@@ -261,13 +261,29 @@ def _quiet() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def _clear_value_info(path: Path) -> None:
-    """Drop the intermediate shapes that the exporter writes: ORT's quantisation finds them contradictory."""
+def _tidy(path: Path) -> None:
+    """Drop the intermediate shapes that the exporter writes: ORT's quantisation finds them contradictory.
+
+    And transpose the weights that two products share, which the exporter leaves to run time: the quantiser, which takes
+    constants alone, would pass both over.
+    """
     import onnx
 
-    graph = onnx.load(path)
-    del graph.graph.value_info[:]
-    onnx.save(graph, path)
+    model = onnx.load(path)
+    del model.graph.value_info[:]
+    weights = {weight.name: weight for weight in model.graph.initializer}
+    for node in [
+        node for node in model.graph.node if node.op_type == "Transpose" and node.input[0] in weights
+    ]:
+        values = onnx.numpy_helper.to_array(weights[node.input[0]])
+        order = next(attribute.ints for attribute in node.attribute if attribute.name == "perm")
+        turned = np.ascontiguousarray(values.transpose(tuple(order)))
+        model.graph.initializer.append(onnx.numpy_helper.from_array(turned, node.output[0]))
+        model.graph.node.remove(node)
+    used = {name for node in model.graph.node for name in node.input}
+    for weight in [weight for weight in model.graph.initializer if weight.name not in used]:
+        model.graph.initializer.remove(weight)
+    onnx.save(model, path)
 
 
 def _quantise(path: Path) -> None:
@@ -279,7 +295,7 @@ def _quantise(path: Path) -> None:
         quantize_dynamic(
             path, path, weight_type=QuantType.QInt8, per_channel=True, op_types_to_quantize=["MatMul", "Gemm"]
         )
-    _clear_value_info(path)
+    _tidy(path)
 
 
 def _write_metadata(path: Path, metadata: dict[str, str]) -> None:

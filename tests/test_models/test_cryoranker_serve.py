@@ -177,7 +177,11 @@ def test_int8_export_ranks_like_torch_and_says_so(tmp_path):
     )
     assert 0.9 <= report.score_spearman < 1.0
     assert OnnxRanker(path).info.precision == "int8"
-    stored = {prop.key: prop.value for prop in onnx.load(path).metadata_props}
+    graph = onnx.load(path)
+    large = [w for w in graph.graph.initializer if np.prod(w.dims) >= TINY.width**2]
+    assert {onnx.TensorProto.DataType.Name(w.data_type) for w in large} == {"INT8"}
+    assert len({w.name for w in large}) == 4 * TINY.depth + 1  # the last block's query lies by itself
+    stored = {prop.key: prop.value for prop in graph.metadata_props}
     assert json.loads(stored["parity"])["score_spearman"] == report.score_spearman
     # One scale serves all that an int8 product is shown: images go one by one, so neighbours do not matter.
     images = graded_images(6)
