@@ -411,6 +411,23 @@ def test_a_disk_that_is_full_ends_the_run_by_name_and_leaves_no_half_written_fil
 
 
 @pytest.mark.slow
+def test_refined_defocus_is_in_the_poses(particles: Path, tmp_path: Path) -> None:
+    arguments = ["reconstruct", str(particles), "--out", str(tmp_path / "run"), "--effort", "quick", "--json"]
+    arguments += ["--initial", str(particles.with_name("truth.mrc")), "--refine-defocus"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    new = starfile.read(told["poses_star"], always_dict=True)["particles"]
+    old = starfile.read(particles, always_dict=True)["particles"]
+    change = new["rlnDefocusU"] - old["rlnDefocusU"]
+    assert change.std() > 1.0
+    assert change.abs().max() < 2100.0
+    assert np.allclose(change, new["rlnDefocusV"] - old["rlnDefocusV"], atol=0.1)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["images"]["defocus_offset_sd_angstrom"] == pytest.approx(change.std(), rel=0.01)
+
+
+@pytest.mark.slow
 def test_unions_of_feature_clusters_are_measured_from_a_runs_sums(particles: Path, tmp_path: Path) -> None:
     uids = np.arange(1000, 1000 + N, dtype=np.uint64)
     labels = (np.arange(N) % 4 == 0).astype(np.int16)
