@@ -265,6 +265,7 @@ class AdviceChoice(_Section):
     nyquist_margin: Annotated[float, Field(ge=1)] = 1.05
     min_score_fall: Fraction = 0.2
     min_particles_per_exposure: Annotated[float, Field(ge=0)] = 10.0
+    planned_exposures: Annotated[int, Field(ge=1)] | None = None
 
 
 class EngineChoice(_Section):

@@ -101,6 +101,7 @@ def advise_session(controller: Controller) -> tuple[Advice, ...]:
         runs=runs,
         trend=controller.trend,
         score_threshold=controller.score_threshold,
+        n_exposures=len(controller.exposures),
         gain_residual=residual,
         gain_residual_limit=controller.settings.max_gain_residual,
         gain_hold=gain.hold if gain.is_given_up else None,

@@ -32,6 +32,7 @@ class AdviceSettings:
     on. Little is to be gained when doubling the particles is predicted to give less than `min_gain_angstrom` or
     `min_gain_fraction` of the resolution. A fall of the scores is told of when the median lost `min_score_fall`
     of its value, and four standard errors. Fewer than `min_particles_per_exposure` good particles are few.
+    `planned_exposures` is how many the session is to have: what is left of them then takes the place of doubling.
     """
 
     low_cfar: float = 0.5
@@ -43,6 +44,7 @@ class AdviceSettings:
     nyquist_margin: float = 1.05
     min_score_fall: float = 0.2
     min_particles_per_exposure: float = 10.0
+    planned_exposures: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +62,7 @@ class SessionFacts:
     runs: Sequence[EndedRun]
     trend: ScoreTrend
     score_threshold: float
+    n_exposures: int = 0
     gain_residual: float | None = None
     gain_residual_limit: float | None = None
     gain_hold: str | None = None
@@ -67,7 +70,7 @@ class SessionFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GainForecast:
-    """What twice the particles are predicted to gain in Å: the mean of both models, and their band.
+    """What more particles are predicted to gain in Å: the mean of both models, and their band.
 
     The band holds the 95 % interval of the line through 1/d² against ln N and the value by scaling of the SSNR.
     """
@@ -85,7 +88,7 @@ def advise(facts: SessionFacts, settings: AdviceSettings) -> tuple[Advice, ...]:
         _advise_scores(facts.trend, settings),
         _advise_count(facts, settings),
         None if latest is None else _advise_views(latest.result, settings),
-        None if latest is None else _advise_growth(latest, facts.runs, settings),
+        None if latest is None else _advise_growth(latest, facts, settings),
     ]
     advice = [item for item in found if item is not None]
     return tuple(sorted(advice, key=lambda item: item.severity is not Severity.WARNING))
@@ -178,13 +181,18 @@ def _describe_views(views: ViewFigures | None) -> tuple[str, dict[str, float | N
 # --- growth --------------------------------------------------------------------------------------------
 
 
-def forecast_gain(growth: GrowthFigures, nyquist_angstrom: float | None = None) -> GainForecast | None:
-    """Return what doubling the particles is predicted to gain; never less than nothing, never beyond Nyquist."""
+def forecast_gain(
+    growth: GrowthFigures, *, factor: float = 2.0, nyquist_angstrom: float | None = None
+) -> GainForecast | None:
+    """Return what `factor` times the particles are predicted to gain; at least nothing, and no more than Nyquist.
+
+    Scaling of the SSNR is known for twice the particles; in between 1/d² is taken to grow with ln N.
+    """
     d = growth.resolution_angstrom
     finest = nyquist_angstrom or 0.0
 
     def gain_of(slope: float) -> float:
-        inverse_square = 1.0 / d**2 + math.log(2.0) * max(slope, 0.0)
+        inverse_square = 1.0 / d**2 + math.log(factor) * max(slope, 0.0)
         return max(0.0, d - max(1.0 / math.sqrt(inverse_square), finest))
 
     spread = 1.96 * growth.slope_sd
@@ -192,7 +200,7 @@ def forecast_gain(growth: GrowthFigures, nyquist_angstrom: float | None = None) 
     ends = [gain_of(growth.slope_per_ln_n - spread), gain_of(growth.slope_per_ln_n + spread)]
     both = [line]
     if growth.ssnr_angstrom_at_2n is not None:
-        scaled = max(0.0, d - max(growth.ssnr_angstrom_at_2n, finest))
+        scaled = gain_of((1.0 / growth.ssnr_angstrom_at_2n**2 - 1.0 / d**2) / math.log(2.0))
         both.append(scaled)
         ends.append(scaled)
     if not all(math.isfinite(value) for value in ends):
@@ -202,24 +210,31 @@ def forecast_gain(growth: GrowthFigures, nyquist_angstrom: float | None = None) 
     )
 
 
-def _advise_growth(run: EndedRun, runs: Sequence[EndedRun], settings: AdviceSettings) -> Advice | None:
+def _advise_growth(run: EndedRun, facts: SessionFacts, settings: AdviceSettings) -> Advice | None:
     result = run.result
     growth = None if result.figures is None else result.figures.growth
     if growth is None or result.resolution_angstrom is None:
         return None
-    forecast = forecast_gain(growth, result.nyquist_angstrom)
+    factor = _find_factor(facts.n_exposures, settings)
+    forecast = forecast_gain(growth, factor=factor or 2.0, nyquist_angstrom=result.nyquist_angstrom)
     if forecast is None:
         return None
     numbers: dict[str, float | None] = {
         "n_particles": growth.n_particles,
+        "factor": factor or 2.0,
         "resolution_angstrom": growth.resolution_angstrom,
         "gain_angstrom": forecast.expected_angstrom,
         "gain_low_angstrom": forecast.low_angstrom,
         "gain_high_angstrom": forecast.high_angstrom,
         "nyquist_angstrom": result.nyquist_angstrom,
     }
+    more = (
+        f"doubling the {growth.n_particles:,.0f} particles"
+        if factor is None
+        else f"what is left of {settings.planned_exposures:,} exposures ({factor:.1f} times the particles)"
+    )
     prediction = (
-        f"doubling the {growth.n_particles:,.0f} particles is predicted to give {forecast.expected_angstrom:.2f} Å "
+        f"{more} is predicted to give {forecast.expected_angstrom:.2f} Å "
         f"(95 % interval {forecast.low_angstrom:.2f} to {forecast.high_angstrom:.2f} Å)"
     )
     if _is_at_nyquist(result, settings):
@@ -230,12 +245,18 @@ def _advise_growth(run: EndedRun, runs: Sequence[EndedRun], settings: AdviceSett
     )
     if not is_flat:
         return Advice(kind=AdviceKind.GROWTH, severity=Severity.INFO, words=prediction, numbers=numbers)
-    missing = _find_reasons_to_go_on(run, runs, settings)
+    missing = _find_reasons_to_go_on(run, facts.runs, settings)
     if missing:
         words = f"resolution gains flatten: {prediction}; but do not stop yet: {'; '.join(missing)}"
         return Advice(kind=AdviceKind.GROWTH, severity=Severity.INFO, words=words, numbers=numbers)
     words = f"resolution gains flatten: {prediction}; consider stopping"
     return Advice(kind=AdviceKind.STOP, severity=Severity.INFO, words=words, numbers=numbers)
+
+
+def _find_factor(n_exposures: int, settings: AdviceSettings) -> float | None:
+    """Return how many times today's particles the planned session would have; None without a plan, or at its end."""
+    planned = settings.planned_exposures
+    return planned / n_exposures if planned is not None and 0 < n_exposures < planned else None
 
 
 def _is_at_nyquist(result: RunResult, settings: AdviceSettings) -> bool:

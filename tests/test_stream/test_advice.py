@@ -170,6 +170,23 @@ def test_the_gain_of_doubling_is_worked_out_by_both_models() -> None:
     assert line_alone.low_angstrom == pytest.approx(0.16721, abs=1e-4)
 
 
+def test_what_is_left_of_a_planned_session_takes_the_place_of_doubling() -> None:
+    # A quarter more: 1/16 + 0.01 ln 1.25 = 0.0647314 → 3.93048 Å; scaling: 1/16 + (1/3.9² − 1/16) ln 1.25 / ln 2.
+    scaled = (1 / 16 + (1 / 3.9**2 - 1 / 16) * math.log(1.25) / math.log(2)) ** -0.5
+    forecast = forecast_gain(GROWTH, factor=1.25)
+    assert forecast is not None
+    assert forecast.expected_angstrom == pytest.approx((0.06952 + 4 - scaled) / 2, abs=1e-4)
+    run = ended(figures=RunFigures(growth=GROWTH))
+    settings = replace(SETTINGS, planned_exposures=500)
+    advice = only(advise(facts(run, n_exposures=400), settings))
+    assert advice.words.startswith(
+        "resolution gains flatten: what is left of 500 exposures (1.2 times the particles) is predicted to give 0.05 Å"
+    )
+    assert advice.numbers["factor"] == 1.25
+    at_the_end = only(advise(facts(run, n_exposures=500), settings))
+    assert at_the_end.words.startswith("doubling the 20,000 particles")
+
+
 def test_no_gain_goes_beyond_nyquist_or_under_nothing() -> None:
     at_nyquist = forecast_gain(GROWTH, nyquist_angstrom=3.95)
     assert at_nyquist is not None
