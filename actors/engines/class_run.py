@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from actors.engines.base import EngineInput
-from actors.engines.particle_images import LoadedParticles, load_particles
+from actors.engines.particle_images import LoadedParticles, load_particles, mask_fraction
 from actors.engines.run_folder import RunFolder, optics_block, particle_columns
 from models.fourier.rotations import euler_to_matrix
 from models.fourier.volumes import resample_volume
@@ -79,7 +79,7 @@ def run_classification(
     settings = ClassificationSettings(
         n_classes=n_classes,
         max_shell=min(data.box_size_px / 2 - 1, data.box_angstrom / resolution_angstrom),
-        mask_diameter_fraction=_mask_fraction(mask_diameter_angstrom, data.box_angstrom),
+        mask_diameter_fraction=mask_fraction(mask_diameter_angstrom, data.box_angstrom),
     )
     if seed_map is not None and features is not None:
         raise ConfigurationError(
@@ -115,16 +115,6 @@ def run_classification(
         out / "classes.json", {"classes": rows, "n_particles": run.n_particles, "seconds": run.seconds}
     )
     return run
-
-
-def _mask_fraction(diameter_angstrom: float | None, box_angstrom: float) -> float:
-    if diameter_angstrom is None:
-        return 0.85
-    if diameter_angstrom <= 0:
-        raise ConfigurationError(
-            "--mask-diameter-angstrom", "a mask has a positive diameter", diameter_angstrom
-        )
-    return min(0.95, diameter_angstrom / box_angstrom)
 
 
 def _projections(path: Path, particles: LoadedParticles) -> Tensor:

@@ -30,7 +30,7 @@ from actors.engines.base import (
 )
 from actors.engines.checkpoint import CHECKPOINT_NAME, Checkpoint, digest_of
 from actors.engines.incremental_run import measure_growth, refine_incrementally, state_after
-from actors.engines.particle_images import LoadedParticles, load_particles, read_mask
+from actors.engines.particle_images import LoadedParticles, load_particles, mask_fraction, read_mask
 from actors.engines.run_folder import RunFolder, RunSummary, measure_orientation
 from actors.engines.state_file import write_state
 from actors.engines.union_run import UNIONS_NAME, write_unions
@@ -98,7 +98,9 @@ class EmbeddedEngine:
         em_settings = OnlineEmSettings(
             n_iterations=n_iterations,
             last_batch=last_batch,
-            mask_diameter_fraction=_mask_fraction(settings, particles),
+            mask_diameter_fraction=mask_fraction(
+                settings.mask_diameter_angstrom, particles.data.box_angstrom
+            ),
         )
 
         def report(phase: str, step: EmProgress) -> None:
@@ -266,16 +268,6 @@ def _group(symmetry: str) -> Tensor:
         raise ConfigurationError("symmetry", "a point group is Cn, Dn, T, O or I", symmetry) from error
 
 
-def _mask_fraction(settings: EngineSettings, particles: LoadedParticles) -> float:
-    """Return the mask's diameter over the box; None means 0.85, and a mask never exceeds the box."""
-    diameter = settings.mask_diameter_angstrom
-    if diameter is None:
-        return 0.85
-    if diameter <= 0:
-        raise ConfigurationError("mask_diameter_angstrom", "a mask has a positive diameter", diameter)
-    return min(0.95, diameter / particles.data.box_angstrom)
-
-
 def _reference(
     initial_map: Path, particles: LoadedParticles, group: Tensor, symmetry: str, notes: list[str]
 ) -> Tensor:
@@ -326,7 +318,9 @@ def _warm_poses(
 
 
 def _refinement_settings(settings: EngineSettings, particles: LoadedParticles) -> RefinementSettings:
-    own = RefinementSettings(mask_diameter_fraction=_mask_fraction(settings, particles))
+    own = RefinementSettings(
+        mask_diameter_fraction=mask_fraction(settings.mask_diameter_angstrom, particles.data.box_angstrom)
+    )
     return replace(own, n_global=2, n_local=3) if settings.effort == "quick" else own
 
 

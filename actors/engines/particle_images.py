@@ -25,7 +25,7 @@ from models.reconstruction.projector import HalfPlane
 from models.reconstruction.volume_io import read_volume
 from stream.ingest.particle_sets import read_particle_table
 from stream.ingest.particle_table import ParticleTable, iterate_images, read_stack_layout
-from stream.records.errors import InputError
+from stream.records.errors import ConfigurationError, InputError
 from stream.sinks.exporter import read_labels
 
 MIN_PARTICLES = 50
@@ -126,6 +126,17 @@ def load_particles(
         stack_pixel_size_angstrom=read_stack_layout(str(table.stack_paths[used[0]])).pixel_size_angstrom,
         excluded={reason: n for reason, n in excluded.items() if n},
     )
+
+
+def mask_fraction(diameter_angstrom: float | None, box_angstrom: float) -> float:
+    """Return a soft sphere's diameter over the box; None means 0.85, and a sphere never exceeds the box."""
+    if diameter_angstrom is None:
+        return 0.85
+    if diameter_angstrom <= 0:
+        raise ConfigurationError(
+            "mask_diameter_angstrom", "a mask has a positive diameter", diameter_angstrom
+        )
+    return min(0.95, diameter_angstrom / box_angstrom)
 
 
 def read_mask(path: Path, particles: LoadedParticles) -> torch.Tensor:

@@ -112,7 +112,7 @@ def judge_seed(
     """Test a start's map on the images that it was not made from."""
     held = data.within(result.max_shell).take(held_out_rows(len(data), settings))
     grid = ReconstructionGrid(result.max_shell)
-    noise = evidence_of(_randomised(held, generator), result.cube, result.inverse_noise, settings)
+    noise = evidence_of(held.with_random_phases(generator), result.cube, result.inverse_noise, settings)
     ball = evidence_of(held, _ball(result.cube, grid), result.inverse_noise, settings)
     return SeedAcceptance(
         log_evidence=result.log_evidence,
@@ -123,13 +123,6 @@ def judge_seed(
         n_held_out=len(held),
         agreement=agreement,
     )
-
-
-def _randomised(data: ParticleData, generator: torch.Generator) -> ParticleData:
-    """Keep every coefficient's amplitude, draw its phase: an image of the same power and no content."""
-    phases = 2.0 * math.pi * torch.rand(data.coefficients.shape, generator=generator)
-    values = torch.polar(data.coefficients.abs(), phases)
-    return ParticleData(data.plane, data.pixel_size_angstrom, values, data.ctf)
 
 
 def _ball(cube: Float[Tensor, "2 d d d"], grid: ReconstructionGrid) -> Float[Tensor, "2 d d d"]:

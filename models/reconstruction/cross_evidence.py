@@ -64,7 +64,7 @@ def cross_half_evidence(
         cube = volume_to_cube(volume * mask, max_shell) * gain
         inverse = _inverse_noise(images, cube, grid)
         own.append(evidence_of(images, cube, inverse, settings))
-        noise.append(evidence_of(_randomised(images, generator), cube, inverse, settings))
+        noise.append(evidence_of(images.with_random_phases(generator), cube, inverse, settings))
     difference = (torch.cat(own) - torch.cat(noise)).double()
     spread = float(difference.std()) / math.sqrt(len(difference))
     return CrossEvidence(
@@ -86,10 +86,3 @@ def _inverse_noise(
     inverse = (1.0 / torch.maximum(power - explained, 0.1 * power).clamp_min(1e-20))[shell]
     inverse[0] = 0.0
     return inverse
-
-
-def _randomised(data: ParticleData, generator: torch.Generator) -> ParticleData:
-    """Keep every coefficient's amplitude and draw its phase."""
-    phases = 2.0 * math.pi * torch.rand(data.coefficients.shape, generator=generator)
-    values = torch.polar(data.coefficients.abs(), phases)
-    return ParticleData(data.plane, data.pixel_size_angstrom, values, data.ctf)

@@ -104,6 +104,12 @@ class ParticleData:
             self.plane, self.pixel_size_angstrom, self.coefficients * factor, self.ctf * factor
         )
 
+    def with_random_phases(self, generator: torch.Generator) -> ParticleData:
+        """Keep every coefficient's amplitude and draw its phase: images of the same power and no content."""
+        phases = 2.0 * math.pi * torch.rand(self.coefficients.shape, generator=generator)
+        values = torch.polar(self.coefficients.abs(), phases)
+        return ParticleData(self.plane, self.pixel_size_angstrom, values, self.ctf)
+
     def mean_power(self) -> Float[Tensor, "s"]:
         """Return the images' mean power per ring: an upper bound of the noise that needs no model."""
         n_shells = int(self.plane.shell.max()) + 1
