@@ -42,6 +42,7 @@ from stream.records.commands import (
 )
 from stream.records.events import Event, RunCancelled
 from stream.records.values import FailureKind
+from stream.telemetry.logs import configure_logging
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +79,7 @@ class _Worker:
             "engine": RunHandler,
         }
         os.nice(niceness)
+        configure_logging(level="warning")  # the process is this actor's alone
         self._handler = makers[kind](spec)
 
     def health(self) -> int:

@@ -11,6 +11,7 @@ from stream import __version__
 from stream.commands import REGISTERS
 from stream.commands.common import console
 from stream.records.errors import ConfigurationError, IcestreamError
+from stream.telemetry.logs import configure_logging
 
 app = typer.Typer(
     name="icestream",
@@ -39,7 +40,8 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line; our own errors become one line on stderr."""
+    """Run the command line; our own errors become one line on stderr, warnings a line each with their fields."""
+    configure_logging(level="warning")
     try:
         app()
     except ConfigurationError as error:
