@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from models.reconstruction.incremental import (
     start_state,
 )
 from models.reconstruction.masks import mask_from_map, spherical_mask
+from models.reconstruction.particle_data import ParticleData
 from models.reconstruction.pose_schedule import RefinementSettings
 from models.reconstruction.pose_search import Hypotheses
 from models.reconstruction.unions import best_union, growth_curve, leave_one_out
@@ -105,6 +107,28 @@ def test_a_finer_map_asks_for_a_full_refinement(images):
     report = advance(state, none, lambda uids: images.data.take(uids - 100), generator=gen(6))
     assert report.n_revisited == 0
     assert report.needs_rebase
+
+
+def test_newcomers_take_their_micrographs_scale_and_empty_boxes_count_for_little(images):
+    old, new = torch.arange(140), torch.arange(140, N)
+    state = state_at(images, old, torch.zeros(140, dtype=torch.long), jitter_deg=3.0, n_groups=2)
+    coming = newcomers(images, new)
+    known = coming.scales.clone()
+    known[:40] = 0.7
+    is_empty = torch.arange(140) % 4 == 3
+    plane = images.data.plane
+    signal = images.data.ctf * PHANTOM.slices(images.rotations, plane) * plane.phases(-images.origin_xy_px)
+    coefficients = coming.data.coefficients - is_empty[:, None] * signal[new]
+    data = ParticleData(plane, PIXEL, coefficients, coming.data.ctf)
+    coming = replace(coming, data=data, scales=known, half=torch.ones(140, dtype=torch.long))
+    advance(state, coming, lambda uids: images.data.take(uids - 100), generator=gen(3), quota=0)
+    rows = state.records.rows_of(new + 100)
+    inserted = state.records.inserted.take(rows)
+    assert torch.equal(inserted.scales[:40], known[:40])
+    assert float((inserted.scales[40:] - 1.0).abs().max()) < 0.3
+    assert float(inserted.weights[is_empty].mean()) < 0.3
+    assert float(inserted.weights[~is_empty].mean()) > 0.9
+    assert state.sums.check_sums(state.records.ctf_power, state.records.inserted) < 1e-4
 
 
 def test_repeated_uids_are_refused(images):
