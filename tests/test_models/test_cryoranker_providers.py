@@ -171,6 +171,17 @@ def test_openvino_gives_the_cpus_scores():
     assert coarse.model_hash != ranker.model_hash == OnnxRanker(DEFAULT_MODEL, provider="cpu").model_hash
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("choice", ["cuda", "auto"])
+def test_a_gpu_gives_the_cpus_scores(choice):
+    images = np.random.default_rng(0).normal(size=(150, 96, 96)).astype(np.float32)
+    ranker = OnnxRanker(DEFAULT_MODEL, provider=choice, batch_size=64)
+    assert ranker.provider in (CUDA, TENSORRT)
+    expected = OnnxRanker(DEFAULT_MODEL, provider="cpu").score(images)
+    np.testing.assert_allclose(ranker.score(images)[0], expected[0], atol=2e-3)
+
+
 @pytest.mark.parametrize("box", [64, 96, 48])
 def test_device_buffers_give_the_same_scores_for_any_batch(box):
     """48 px lie below the model's input, so that the NumPy path prepares them and the binding takes them up."""
