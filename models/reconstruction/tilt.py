@@ -40,11 +40,15 @@ _REACH_DEG = 20.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TiltForecast:
-    """SCF* of the views at one stage tilt: all particles tilted, and as many tilted as there are untilted ones."""
+    """SCF* of the views at one stage tilt: all particles tilted, and as many tilted as there are untilted ones.
+
+    `unsampled_fraction` is the part of Fourier space that the tilted views leave out.
+    """
 
     tilt_deg: float
     scf_star: float
     scf_star_mixed: float
+    unsampled_fraction: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,16 +110,25 @@ def forecast_views(
     views = view_directions(rotations)
     everything = views if group is None else symmetric_views(views, group)
     directions, is_sparse = _sparse_views(everything)
-    now = sampling_factor(views, generator=generator, group=group).scf_star
-    tilts = [TiltForecast(tilt_deg=0.0, scf_star=now, scf_star_mixed=now)]
+    now = sampling_factor(views, generator=generator, group=group)
+    tilts = [
+        TiltForecast(
+            tilt_deg=0.0,
+            scf_star=now.scf_star,
+            scf_star_mixed=now.scf_star,
+            unsampled_fraction=now.unsampled_fraction,
+        )
+    ]
     for tilt in (t for t in tilts_deg if t != 0.0):
         tilted = tilted_views(rotations, tilt)
         mixed = torch.cat((views, tilted))
+        alone = sampling_factor(tilted, generator=generator, group=group)
         tilts.append(
             TiltForecast(
                 tilt_deg=tilt,
-                scf_star=sampling_factor(tilted, generator=generator, group=group).scf_star,
+                scf_star=alone.scf_star,
                 scf_star_mixed=sampling_factor(mixed, generator=generator, group=group).scf_star,
+                unsampled_fraction=alone.unsampled_fraction,
             )
         )
     return ViewForecast(

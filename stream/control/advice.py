@@ -170,9 +170,15 @@ def _describe_views(views: ViewFigures | None) -> tuple[str, dict[str, float | N
         return said, numbers
     if best is None:
         return f"{said}; a stage tilt would help little: another grid, buffer or detergent", numbers
-    numbers |= {"scf_star_tilted": best.scf_star, "scf_star_mixed": best.scf_star_mixed}
+    numbers |= {
+        "scf_star_tilted": best.scf_star,
+        "scf_star_mixed": best.scf_star_mixed,
+        "unsampled_fraction": now.unsampled_fraction,
+        "unsampled_fraction_tilted": best.unsampled_fraction,
+    }
     said += (
-        f"; collect at {best.tilt_deg:.0f}° tilt (SCF* {now.scf_star:.2f} would become {best.scf_star:.2f}, or "
+        f"; collect at {best.tilt_deg:.0f}° tilt (unsampled Fourier space {now.unsampled_fraction:.0%} would become "
+        f"{best.unsampled_fraction:.0%}, SCF* {now.scf_star:.2f} would become {best.scf_star:.2f}, or "
         f"{best.scf_star_mixed:.2f} with as many untilted particles)"
     )
     return said, numbers

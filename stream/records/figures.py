@@ -7,11 +7,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TiltFigures:
-    """SCF* foretold for a stage tilt: of tilted particles alone, and mixed with as many untilted ones."""
+    """SCF* foretold for a stage tilt: of tilted particles alone, and mixed with as many untilted ones.
+
+    `unsampled_fraction` is the part of Fourier space that the tilted views leave out.
+    """
 
     tilt_deg: float
     scf_star: float
     scf_star_mixed: float
+    unsampled_fraction: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

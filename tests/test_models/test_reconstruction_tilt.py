@@ -50,6 +50,9 @@ def test_top_views_lack_side_views_and_the_best_tilt_is_recommended() -> None:
     assert forecast.missing_rot_tilt_deg[1] > 80.0
     # Directions within 10° + 20° of the axis have views: 1 − cos 30° = 0.134 of the half sphere, less its rim.
     assert forecast.missing_fraction == pytest.approx(0.87, abs=0.04)
+    # A cone of 10° leaves out 1 − sin 10°; tilted by 40° it reaches from 30° to 50° and leaves out 1 − sin 50°.
+    assert forecast.tilts[0].unsampled_fraction == pytest.approx(1 - math.sin(math.radians(10)), abs=0.03)
+    assert forecast.tilts[-1].unsampled_fraction == pytest.approx(1 - math.sin(math.radians(50)), abs=0.03)
     scores = [t.scf_star for t in forecast.tilts]
     assert scores == sorted(scores)
     assert scores[0] == pytest.approx(0.002, abs=0.002)
@@ -82,7 +85,7 @@ def test_symmetry_fills_gaps() -> None:
 def test_the_smallest_tilt_that_is_enough_is_recommended() -> None:
     def tilts(*scores: float) -> list[TiltForecast]:
         return [
-            TiltForecast(tilt_deg=t, scf_star=s, scf_star_mixed=s)
+            TiltForecast(tilt_deg=t, scf_star=s, scf_star_mixed=s, unsampled_fraction=0.5)
             for t, s in zip((0.0, 20.0, 30.0, 40.0), scores, strict=True)
         ]
 

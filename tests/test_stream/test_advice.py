@@ -39,8 +39,8 @@ TOP_VIEWS = ViewFigures(
     missing_rot_deg=10.0,
     missing_tilt_deg=85.0,
     tilts=(
-        TiltFigures(tilt_deg=0.0, scf_star=0.05, scf_star_mixed=0.05),
-        TiltFigures(tilt_deg=30.0, scf_star=0.83, scf_star_mixed=0.7),
+        TiltFigures(tilt_deg=0.0, scf_star=0.05, scf_star_mixed=0.05, unsampled_fraction=0.5),
+        TiltFigures(tilt_deg=30.0, scf_star=0.83, scf_star_mixed=0.7, unsampled_fraction=0.02),
     ),
     recommended_tilt_deg=30.0,
 )
@@ -109,8 +109,8 @@ def test_missing_views_are_told_with_their_place_and_the_tilt_that_brings_them()
     assert (advice.kind, advice.severity) == (AdviceKind.PREFERRED_ORIENTATION, Severity.WARNING)
     assert advice.words == (
         "cFAR 0.09 (isotropic: 0.60) at 20,000 particles: preferred orientation; 87% of the views are missing, most "
-        "around rot 10°, tilt 85°; efficiency 0.42; collect at 30° tilt (SCF* 0.05 would become 0.83, or 0.70 with as "
-        "many untilted particles)"
+        "around rot 10°, tilt 85°; efficiency 0.42; collect at 30° tilt (unsampled Fourier space 50% would become 2%, SCF* "
+        "0.05 would become 0.83, or 0.70 with as many untilted particles)"
     )
     assert advice.numbers["recommended_tilt_deg"] == 30.0
     assert advice.numbers["scf_star_tilted"] == 0.83
