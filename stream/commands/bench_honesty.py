@@ -97,8 +97,9 @@ def _wanted(part: str | None) -> dict[str, Callable[[], dict[str, Any]]]:
         kind = item.rstrip("0123456789-")
         low, _, high = item[len(kind) :].partition("-")
         numbers = range(int(low or 0), int(high or low or 9_999) + 1)
-        found = {k: m for k, m in every.items() if k.startswith(kind) and int(k[len(kind) :]) in numbers}
-        if kind not in ("set", "noise", "views") or not found:
+        own = [key for key in every if kind and key.rstrip("0123456789") == kind]
+        found = {key: every[key] for key in own if int(key[len(kind) :]) in numbers}
+        if not found:
             raise ConfigurationError("--part", "set, set0-4, noise or views, several with commas", item)
         chosen |= found
     return chosen
