@@ -213,6 +213,7 @@ class PolicySettings(_Section):
         4,
         4,
     )
+    orientation_branch: bool = True
     n_clusters: Annotated[int, Field(ge=2, le=64)] = 8
     cluster_min_particles: Annotated[int, Field(ge=50)] = 500
 

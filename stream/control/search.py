@@ -38,7 +38,7 @@ def find_next_step(campaign: CampaignRecord, policy: RunPolicy) -> Step:
             return _conclude(campaign, policy, "no initial model")
         passed = list_passed(results, policy)
         chosen, is_cluster = choose_best(passed) or choose_best(results), False
-        if not passed and campaign.request.plan is CampaignPlan.FULL:
+        if not passed and campaign.request.plan is CampaignPlan.FULL and policy.orientation_branch:
             step = list_branch_step(campaign, policy)
             if step is not None:
                 return step

@@ -43,6 +43,7 @@ class RunPolicy:
     part_min_particles: int = 1_000
     bound_scores: tuple[float, float] = (0.8, 0.1)
     turns: tuple[int, ...] = (8, 4, 4)
+    orientation_branch: bool = True
     n_clusters: int = 8
     cluster_min_particles: int = 500
     max_parallel_runs: int = 1

@@ -277,7 +277,12 @@ def test_preferred_orientation_is_answered_by_clusters_of_like_views() -> None:
     assert "3 particles without features are in none" in said
 
 
-def test_without_the_branch_the_streaked_map_is_not_accepted() -> None:
+def test_the_branch_can_be_switched_off() -> None:
+    _, asked = finish(with_policy(orientation_branch=False), preferred)
+    assert asked == ["initial 300", "initial 600", "sweep 150", "sweep 300", "sweep 450"]
+
+
+def test_a_small_set_is_not_divided_and_the_streaked_map_is_not_accepted() -> None:
     settings = with_policy(full_min_particles=10_000, full_rungs=())
     controller, asked = finish(settings, lambda _: {"resolution": 5.0, "cfar": 0.03})
     assert asked == ["initial 600", "sweep 300"]
