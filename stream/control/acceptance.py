@@ -63,8 +63,7 @@ class Acceptance:
     @property
     def _latest(self) -> RunRecord | None:
         """The last one accepted that no person rejected; where all were, the best of the others that pass."""
-        rejected = self._wishes.rejected_runs
-        kept = [run_id for run_id in self._accepted if run_id not in rejected]
+        kept = [run_id for run_id in self._accepted if not self._runs[run_id].is_rejected]
         if kept:
             return self._runs[kept[-1]]
         if not self._accepted:
@@ -75,7 +74,7 @@ class Acceptance:
 
     def is_eligible(self, run: RunRecord) -> bool:
         """Tell whether a run's map may be accepted: it passes, and no person rejected it."""
-        return has_passed(run.result, self._policy) and run.run_id not in self._wishes.rejected_runs
+        return has_passed(run.result, self._policy) and not run.is_rejected
 
     def offer(self, at: float, run: RunRecord, symmetry: str) -> None:
         """Accept a run's map when it is better than the accepted one; `symmetry` is the one wanted now."""

@@ -92,13 +92,14 @@ class CampaignRecord:
         return [run for run in self.runs if run.request.purpose in purposes]
 
     def list_results(self, *purposes: RunPurpose) -> list[RunResult]:
-        """Return the results of the runs for these purposes, in order."""
-        return [run.result for run in self.list_runs(*purposes) if run.result is not None]
+        """Return the results of the runs for these purposes, in order; those that a person rejected are left out."""
+        runs = self.list_runs(*purposes)
+        return [run.result for run in runs if run.result is not None and not run.is_rejected]
 
     def find(self, draft: RunDraft) -> RunRecord | None:
         """Return the run that this draft became, or None."""
-        wanted = (draft.purpose, draft.subset)
-        return next((r for r in self.runs if (r.request.purpose, r.request.subset) == wanted), None)
+        wanted = (draft.purpose, draft.subset, draft.start_map)
+        return next((r for r in self.runs if _key_of(r) == wanted), None)
 
     def list_missing(self, drafts: Iterable[RunDraft]) -> tuple[RunDraft, ...] | None:
         """Return which of the drafts are no run yet, none when all are in work, None when all have an outcome."""
@@ -106,6 +107,10 @@ class CampaignRecord:
         if all(run is not None and run.state not in IN_WORK for _, run in runs):
             return None
         return tuple(draft for draft, run in runs if run is None)
+
+
+def _key_of(run: RunRecord) -> tuple[RunPurpose, ParticleSubset, RunId | None]:
+    return run.request.purpose, run.request.subset, run.request.start_map
 
 
 def subset_of(request: CampaignRequest, n_particles: int) -> ParticleSubset:

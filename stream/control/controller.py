@@ -156,7 +156,7 @@ class Controller:
         It changes nothing. Each event is to be committed and handled, and the question asked again until
         the answer is empty. A replay asks nothing: what was decided is in the journal.
         """
-        if self.is_draining:
+        if self.is_draining or self._is_disk_low:
             return []
         return self._ladder.propose(at, is_complete=self._is_everything_ranked)
 

@@ -313,7 +313,7 @@ class RunLadder:
             raise InvariantError(
                 request.run_id, "a run is started once, by a campaign in work", request.reason
             )
-        record = RunRecord(request=request)
+        record = RunRecord(request=request, is_rejected=request.run_id in self._wishes.rejected_runs)
         self.runs[request.run_id] = self._in_work[request.run_id] = record
         campaign.runs.append(record)
         start = "from nothing" if request.start_map is None else f"from the map of {request.start_map}"
@@ -375,7 +375,9 @@ class RunLadder:
         self._decisions.add(event.at, f"do without {event.clustering_id}", event.reason)
 
     def review(self, at: float, before: RunResult | None) -> None:
-        """Tell when a person's word has changed the accepted map; `before` is what it was."""
+        """Take what a person says about runs; tell when the accepted map has changed (`before` is what it was)."""
+        for run in self.runs.values():
+            run.is_rejected = run.run_id in self._wishes.rejected_runs
         now = self.best
         if now != before:
             what = "no map is accepted" if now is None else f"accept {now.run_id}"

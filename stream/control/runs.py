@@ -32,12 +32,16 @@ IN_WORK = frozenset({RunState.RUNNING, RunState.CANCELLING})
 
 @dataclass(slots=True, kw_only=True)
 class RunRecord:
-    """One run's story; `verdict` says in words what the controller made of its result."""
+    """One run's story; `verdict` says in words what the controller made of its result.
+
+    `is_rejected` is a person's word: the run is never accepted and nothing starts from it.
+    """
 
     request: RunRequest
     state: RunState = RunState.RUNNING
     result: RunResult | None = None
     verdict: str = ""
+    is_rejected: bool = False
 
     @property
     def run_id(self) -> RunId:

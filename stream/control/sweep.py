@@ -72,7 +72,9 @@ def list_sweep_runs(
             wanted = wanted[:-1]
         subsets = [(subset_of(request, n), n, words) for n, words in wanted]
     else:
-        subsets = [(_best_of_any_score(n), n, words) for n, words in _list_counts(campaign, policy)]
+        subsets = [
+            (_best_of_any_score(n), n, words) for n, words in _list_counts(campaign, start_map, policy)
+        ]
     return [
         RunDraft(
             purpose=RunPurpose.SWEEP,
@@ -90,7 +92,7 @@ def _best_of_any_score(n_particles: int) -> ParticleSubset:
     return ParticleSubset(score_threshold=0.0, top=n_particles)
 
 
-def _list_counts(campaign: CampaignRecord, policy: RunPolicy) -> list[tuple[int, str]]:
+def _list_counts(campaign: CampaignRecord, start_map: RunId, policy: RunPolicy) -> list[tuple[int, str]]:
     """Return the counts of every turn that can be said now, each once."""
     request = campaign.request
     if request.count_range is None:
@@ -101,7 +103,8 @@ def _list_counts(campaign: CampaignRecord, policy: RunPolicy) -> list[tuple[int,
         counts = list_turn(turn, request.turns, request.count_range, best)
         for n in counts:
             listed.setdefault(n, f"turn {turn + 1} of {len(request.turns)}")
-        tried = [r for r in campaign.list_runs(RunPurpose.SWEEP) if r.request.subset.top in listed]
+        sweep = [r for r in campaign.list_runs(RunPurpose.SWEEP) if r.request.start_map == start_map]
+        tried = [r for r in sweep if r.request.subset.top in listed]
         if len(tried) < len(listed) or any(r.state in IN_WORK for r in tried):
             break
         results = [r.result for r in tried if r.result is not None]

@@ -17,6 +17,7 @@ from stream.records.commands import CancelRun, ClusterParticles, Command, Prepro
 from stream.records.errors import InvariantError
 from stream.records.events import (
     ClusteringFailed,
+    DiskSpaceChanged,
     Event,
     InputEnded,
     ParticlesClustered,
@@ -560,6 +561,31 @@ def test_a_person_forces_a_run_pins_one_and_rejects_one() -> None:
     assert controller.best_run.run_id == "run002"
     decide(controller, kind=WishKind.PIN_RUN, run_id=RunId("run001"))
     assert controller.best_run.run_id == "run001"
+
+
+def test_nothing_goes_on_from_a_run_that_a_person_rejected() -> None:
+    controller = Controller(with_policy(rungs=(100_000,)))
+    arrive(controller, 10)
+    play(controller, InputEnded(at=5.0))
+    for resolution in (7.0, 6.0):
+        play(controller, outcome(controller.runs_in_work[0], lambda _, r=resolution: {"resolution": r}))  # type: ignore[misc]
+    assert controller.runs_in_work[0].start_map == "run002"
+    decide(controller, kind=WishKind.REJECT_RUN, run_id=RunId("run002"))
+    play(controller, outcome(controller.runs_in_work[0], good))
+    answer_all(controller, good)
+    sweep = [r.request for r in controller.runs.values() if r.request.purpose is RunPurpose.SWEEP]
+    assert [r.start_map for r in sweep] == ["run002", "run001", "run001", "run001", "run001"]
+    assert controller.best_run is not None
+    assert controller.best_run.run_id != "run002"
+
+
+def test_no_run_starts_while_the_disk_is_full() -> None:
+    controller = Controller(SETTINGS)
+    play(controller, found("a"), preprocessed("a", 100))
+    play(controller, DiskSpaceChanged(at=1.0, is_low=True, free_bytes=1), ranked("a", 100))
+    assert not controller.campaigns
+    (started,) = play(controller, DiskSpaceChanged(at=2.0, is_low=False, free_bytes=10**10))
+    assert isinstance(started, StartRun)
 
 
 def test_another_threshold_counts_again_and_asks_for_a_campaign() -> None:
