@@ -25,7 +25,7 @@ from models.reconstruction.half_references import (
 )
 from models.reconstruction.half_set import RELIABLE_FSC
 from models.reconstruction.image_fit import fit_rings, image_weights, micrograph_scales, noise_per_group
-from models.reconstruction.online_em import soft_sphere
+from models.reconstruction.masks import solvent_sphere
 from models.reconstruction.particle_data import ParticleData
 from models.reconstruction.pose_schedule import (
     Reference,
@@ -169,7 +169,7 @@ def start_state(
 def references_of(state: IncrementalState) -> HalfReferences:
     """Return both halves' references, their FSC and radius from the sums as they are."""
     box = state.sums.box_size_px
-    sphere = soft_sphere(box, state.settings.mask_diameter_fraction * box, 0.06 * box)
+    sphere = solvent_sphere(box, state.settings.mask_diameter_fraction)
     return half_references(
         lambda half, ssnr: state.sums.half_map(half, ssnr, box),
         state.sums.grid,

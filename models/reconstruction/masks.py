@@ -31,6 +31,11 @@ def spherical_mask(
     return _cosine_edge(radius - radius_px, soft_px)
 
 
+def solvent_sphere(box_px: int, diameter_fraction: float) -> Float[Tensor, "n n n"]:
+    """Return the sphere that a search is confined to: a diameter in boxes, an edge of 6 % of the box."""
+    return spherical_mask(box_px, 0.5 * diameter_fraction * box_px, 0.06 * box_px)
+
+
 def mask_from_map(
     volume: Float[Tensor, "n n n"],
     pixel_size_angstrom: float,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from models.reconstruction.expectation import PRUNING_SHELL, CoarseSearch, sum_slices
 from models.reconstruction.grids import asymmetric_unit, random_rotations, shift_grid, so3_grid
+from models.reconstruction.masks import solvent_sphere
 from models.reconstruction.particle_data import ParticleData
 from models.reconstruction.projector import (
     HalfPlane,
@@ -93,14 +94,6 @@ class EmResult:
         return float(self.evidence.double().mean())
 
 
-def soft_sphere(box_size_px: int, diameter_px: float, edge_px: float) -> Float[Tensor, "n n n"]:
-    """Return 1 inside the diameter, falling to 0 as a raised cosine over `edge_px` beyond it."""
-    x = torch.arange(box_size_px).float() - box_size_px // 2
-    r = torch.sqrt(x[:, None, None].square() + x[None, :, None].square() + x[None, None, :].square())
-    ramp = ((r - diameter_px / 2) / edge_px).clamp(0.0, 1.0)
-    return 0.5 + 0.5 * torch.cos(math.pi * ramp)
-
-
 class OnlineEm:
     """One start of the online EM; `step()` is one iteration."""
 
@@ -129,9 +122,7 @@ class OnlineEm:
         self.queue = torch.empty(0, dtype=torch.long)
         self.sums = self.grid.zeros(6)
         self.coarse, self.fine = so3_grid(1), so3_grid(2)
-        self.mask = soft_sphere(
-            self.box_px, settings.mask_diameter_fraction * self.box_px, 0.06 * self.box_px
-        )
+        self.mask = solvent_sphere(self.box_px, settings.mask_diameter_fraction)
         self.iteration = 0
         self.fsc = torch.zeros(self.grid.n_shells)
         self.volume = torch.zeros((self.box_px,) * 3)

@@ -21,7 +21,7 @@ from models.reconstruction.grids import random_rotations
 from models.reconstruction.half_references import FLAT_SSNR, half_references, last_shell_above
 from models.reconstruction.half_set import RELIABLE_FSC, STORED, HalfSet, WarmPoses
 from models.reconstruction.image_fit import ImageGroups
-from models.reconstruction.online_em import soft_sphere
+from models.reconstruction.masks import solvent_sphere
 from models.reconstruction.particle_data import DefocusModel, ParticleData
 from models.reconstruction.pose_schedule import RefinementSettings, align_globally, align_locally
 from models.reconstruction.pose_search import Hypotheses
@@ -93,7 +93,7 @@ class Refinement:
                 raise ValueError(f"half set {h}: {index.numel()} images, each half has at least two")
         box = data.box_size_px
         self.grid = ReconstructionGrid(float(data.plane.shell.max()))
-        sphere = soft_sphere(box, settings.mask_diameter_fraction * box, 0.06 * box)
+        sphere = solvent_sphere(box, settings.mask_diameter_fraction)
         self.sphere = sphere if solvent_mask is None else solvent_mask
         own = ImageGroups.single(len(data)) if groups is None else groups
         first_shell = max(4.0, data.box_angstrom / settings.initial_resolution_angstrom)
