@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from actors.cryogem.arms import PAPER_SNR
 from actors.cryogem.generation import (
     BANK_FILE,
     GENERATOR_FILE,
@@ -26,8 +27,15 @@ from actors.cryogem.generation import (
 )
 from models.cryogem.bank import SessionBank, load_bank
 from models.cryogem.baselines import NOISE_MODELS
-from models.cryogem.evaluation import Distances, content_correlation, measure_distances, ranker_features
+from models.cryogem.evaluation import (
+    Distances,
+    Features,
+    content_correlation,
+    measure_distances,
+    ranker_features,
+)
 from models.cryogem.greys import levels_to_network_range
+from models.cryogem.inception import describe_inception, inception_features
 from models.cryogem.pairs import Purpose, random_stream
 from models.cryogem.physics import build_physics
 from models.cryogem.translation import load_generator
@@ -35,7 +43,6 @@ from stream.records.errors import ConfigurationError, InputError
 from stream.store.files import replacing
 
 _PATCH_PER_DIAMETER = 1.5
-_PAPER_SNR = 0.1
 _PANEL_PX = 256
 _PANEL = ("real", "physics", "gaussian")
 
@@ -44,7 +51,8 @@ _PANEL = ("real", "physics", "gaussian")
 class Evaluation:
     """Distances to the held-out micrographs by set; how many micrographs and patches each has.
 
-    `content` is the correlation of each made set with its noise-free micrographs.
+    `content` is the correlation of each made set with its noise-free micrographs; `features` says whose features the Fréchet
+    distance is over.
     """
 
     distances: Mapping[str, Distances]
@@ -52,6 +60,7 @@ class Evaluation:
     n_micrographs: int
     n_patches: int
     patch_px: int
+    features: str
 
 
 def evaluate_trainings(
@@ -60,10 +69,14 @@ def evaluate_trainings(
     n_micrographs: int | None = None,
     seed: int = 0,
     panel: Path | None = None,
+    inception: Path | None = None,
     on_progress: Callable[[str], None] | None = None,
 ) -> Evaluation:
-    """Measure trainings of one session, their ablations for example; `n_micrographs` defaults to those held out."""
-    bank = _common_bank(folders)
+    """Measure trainings of one session, their ablations for example; `n_micrographs` defaults to those held out.
+
+    `inception` is the file of a user's Inception v3, whose features take the place of the ranker's.
+    """
+    bank = common_bank(folders)
     n = min(n_micrographs or bank.facts.n_held_out, bank.facts.n_held_out)
     real = [levels_to_network_range(x) for x in bank.held_out_micrographs[:n]]
     others = [levels_to_network_range(x) for x in bank.training_micrographs[:n]]
@@ -72,7 +85,7 @@ def evaluate_trainings(
         2 * round(0.5 * _PATCH_PER_DIAMETER * bank.facts.diameter_angstrom / bank.facts.pixel_size_angstrom),
     )
     patch_px = min(patch_px, *bank.shape_yx)
-    features = ranker_features()
+    features, described = _features(inception)
     found: dict[str, Distances] = {}
     content: dict[str, float] = {}
     diameter_px = bank.facts.diameter_angstrom / bank.facts.pixel_size_angstrom
@@ -103,18 +116,33 @@ def evaluate_trainings(
             fit = fit_session_noise(stage)
             for model in NOISE_MODELS:
                 measure(model, noisy(noise_by_formula(model, fit)), clean)
-                at_paper = noise_by_formula(model, fit.at_snr(_PAPER_SNR))
-                measure(f"{model} at SNR {_PAPER_SNR}", noisy(at_paper), clean)
+                at_paper = noise_by_formula(model, fit.at_snr(PAPER_SNR))
+                measure(f"{model} at SNR {PAPER_SNR}", noisy(at_paper), clean)
         measure(folder.name, noisy(make_noise("cryogem", stage, network)), clean)
     if panel is not None:
         _write_panel(panel, [shown[name] for name in (*_PANEL, folders[0].name)])
     n_patches = n * (bank.shape_yx[0] // patch_px) * (bank.shape_yx[1] // patch_px)
     return Evaluation(
-        distances=found, content=content, n_micrographs=n, n_patches=n_patches, patch_px=patch_px
+        distances=found,
+        content=content,
+        n_micrographs=n,
+        n_patches=n_patches,
+        patch_px=patch_px,
+        features=described,
     )
 
 
-def _common_bank(folders: Sequence[Path]) -> SessionBank:
+def _features(inception: Path | None) -> tuple[Features, str]:
+    if inception is None:
+        return ranker_features(), "ranker"
+    try:
+        return inception_features(inception), describe_inception(inception)
+    except ValueError as error:
+        raise InputError(inception, f"the file of an Inception v3 ({error})") from error
+
+
+def common_bank(folders: Sequence[Path]) -> SessionBank:
+    """Return the bank of trainings of one session; trainings that hold out other micrographs are refused."""
     if len({folder.name for folder in folders}) != len(folders):
         raise ConfigurationError(
             "TRAINING", "training folders have names of their own", [f.name for f in folders]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 import yaml
 from scipy import ndimage
@@ -24,14 +25,15 @@ from models.reconstruction.volume_io import write_volume
 from models.simulation.exposure import ExposureTruth, VirtualMicroscope
 from models.simulation.session import specimen_volume
 from models.simulation.settings import MicroscopeSettings, SessionSettings, SpecimenSettings
-from stream.records.values import CtfFit, RunId
+from stream.records.values import CtfFit, Optics, RunId
 from stream.sinks.mrc_images import write_micrograph
-from stream.sinks.relion_star import write_picks_star
+from stream.sinks.relion_star import make_particle_optics, write_particles_star, write_picks_star
 from stream.store.files import replacing
 from stream.store.layout import OutputLayout
 
 _MAP_RESOLUTION_ANGSTROM = 12.0
 _PURPOSE = 77
+TRUTH_STAR = Path("truth/particles.star")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +57,7 @@ class VirtualSessionSettings:
 
 
 def write_virtual_session(folder: Path, settings: VirtualSessionSettings) -> OutputLayout:
-    """Write a session folder as `icestream run` would leave it, from the truth."""
+    """Write a session folder as `icestream run` would leave it, and the truth beside (`TRUTH_STAR`)."""
     layout = OutputLayout(folder)
     volume, diameter = specimen_volume(settings.structure, settings.pixel_size_angstrom)
     physics = MicroscopeSettings(
@@ -69,6 +71,7 @@ def write_virtual_session(folder: Path, settings: VirtualSessionSettings) -> Out
     microscope = VirtualMicroscope(
         volume, diameter, SessionSettings(specimen=specimen, microscope=physics, seed=settings.seed)
     )
+    tables = []
     for index in range(settings.n_micrographs):
         name = f"virtual_{index:04d}"
         image, truth = microscope.micrograph(index)
@@ -77,6 +80,17 @@ def write_virtual_session(folder: Path, settings: VirtualSessionSettings) -> Out
         write_micrograph(layout.micrograph(name), noisy, settings.pixel_size_angstrom)
         write_picks_star(layout.picks(name), truth.coordinates_yx_px, np.ones(truth.n_particles))
         _write_json(layout.ctf_values(name), _ctf_document(truth, settings.pixel_size_angstrom))
+        tables.append(_truth_table(layout.micrograph(name).relative_to(folder), truth))
+    optics = Optics(
+        voltage_kv=physics.voltage_kv, cs_mm=physics.cs_mm, amplitude_contrast=physics.amplitude_contrast
+    )
+    write_particles_star(
+        folder / TRUTH_STAR,
+        pd.concat(tables, ignore_index=True),
+        make_particle_optics(
+            optics, image_pixel_size_angstrom=settings.pixel_size_angstrom, image_size_px=volume.shape[0]
+        ),
+    )
     run = layout.run(RunId("run-truth"))
     run.mkdir(parents=True, exist_ok=True)
     k = [torch.fft.fftfreq(volume.shape[0], settings.pixel_size_angstrom)] * 2
@@ -116,6 +130,26 @@ def add_detector_noise(
     detector = settings.detector_noise * counting * smooth / smooth.std()
     rows = settings.row_noise * counting * rng.standard_normal((shape[0], 1))
     return np.asarray(image * np.exp(-thickness) + detector + rows, dtype=np.float32)
+
+
+def _truth_table(micrograph: Path, truth: ExposureTruth) -> pd.DataFrame:
+    """Return the particles of one micrograph; the coordinates are the particles' centres, so origins are 0."""
+    return pd.DataFrame(
+        {
+            "rlnImageName": [f"{i + 1:06d}@{micrograph}" for i in range(truth.n_particles)],
+            "rlnMicrographName": str(micrograph),
+            "rlnCoordinateX": truth.coordinates_yx_px[:, 1],
+            "rlnCoordinateY": truth.coordinates_yx_px[:, 0],
+            "rlnAngleRot": truth.euler_deg[:, 0],
+            "rlnAngleTilt": truth.euler_deg[:, 1],
+            "rlnAnglePsi": truth.euler_deg[:, 2],
+            "rlnDefocusU": truth.defocus_u_angstrom,
+            "rlnDefocusV": truth.defocus_v_angstrom,
+            "rlnDefocusAngle": truth.astigmatism_angle_deg,
+            "rlnPhaseShift": truth.phase_shift_deg,
+            "rlnOpticsGroup": 1,
+        }
+    )
 
 
 def _ctf_document(truth: ExposureTruth, pixel_size_angstrom: float) -> dict[str, float | bool | None]:

@@ -34,6 +34,7 @@ class Purpose(IntEnum):
     WEIGHTS = 4
     VALIDATION = 5
     GENERATION = 6
+    DOWNSTREAM = 7
 
 
 def random_stream(seed: int, purpose: Purpose, *words: int) -> np.random.Generator:

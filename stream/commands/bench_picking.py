@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 _PIXEL_ANGSTROM = 2.0
 _STRUCTURE = "phantom:3:mass_kda=300"
-_TOLERANCE_DIAMETERS = 0.35
 _APOFERRITIN_DIAMETER_ANGSTROM = 125.0
 # Picks below this calibrated score are not ranked: there is one on every sixth particle-sized area of noise.
 _LOWEST_SCORE = 1.0
@@ -41,6 +40,8 @@ def run_picking_benchmark(
     pixel. Templates are projections of the true map at 20 Å or worse; the baseline is the blob picker on the
     same micrographs. `value` is the area under the precision-recall curve of the templates.
     """
+    from models.picking.matching import is_away_from_border
+
     exposures, templates, diameter = _simulate(n_micrographs, seed)
     figures = []
     for snr in (*snrs, 0.0):
@@ -50,7 +51,8 @@ def run_picking_benchmark(
         for number, (clean, signal_variance, truth) in enumerate(exposures):
             image = _add_noise(clean, signal_variance, snr, 100 * seed + number)
             centres = truth.coordinates_yx_px if snr > 0.0 else np.zeros((0, 2))
-            inside = _away_from_border(centres, (int(image.shape[0]), int(image.shape[1])), diameter)
+            shape = (int(image.shape[0]), int(image.shape[1]))
+            inside = is_away_from_border(centres, shape, 0.5 * diameter / _PIXEL_ANGSTROM)
             n_true += int(inside.sum())
             areas += image.numel() * (_PIXEL_ANGSTROM / diameter) ** 2
             for picker, judged in rows.items():
@@ -115,12 +117,6 @@ def _add_noise(clean: Tensor, signal_variance: float, snr: float, seed: int) -> 
     return clean + noise * (signal_variance / snr) ** 0.5 if snr > 0.0 else noise
 
 
-def _away_from_border(centres: FloatArray, shape: tuple[int, int], diameter: float) -> NDArray[np.bool_]:
-    margin = 0.5 * diameter / _PIXEL_ANGSTROM
-    limits = np.asarray(shape) - margin
-    return np.asarray(((centres >= margin) & (centres < limits)).all(axis=1))
-
-
 def _pick(
     picker: str, image: Tensor, templates: MapTemplates, truth: ExposureTruth, diameter: float
 ) -> Picks:
@@ -157,24 +153,11 @@ def _judge(
     picks: Picks, centres: FloatArray, is_counted: NDArray[np.bool_], diameter: float
 ) -> tuple[FloatArray, NDArray[np.bool_]]:
     """Return scores and which picks are right; picks of particles near the border are left out."""
-    tolerance = _TOLERANCE_DIAMETERS * diameter / _PIXEL_ANGSTROM
-    is_right = np.zeros(len(picks.scores), dtype=bool)
-    is_ranked = np.ones(len(picks.scores), dtype=bool)
-    if len(centres):
-        distance = np.linalg.norm(picks.centres_yx_px[:, None] - centres[None], axis=-1)
-        rows, columns = linear_sum_assignment(np.where(distance <= tolerance, distance, 1e6))
-        good = distance[rows, columns] <= tolerance
-        is_right[rows[good]] = is_counted[columns[good]]
-        is_ranked[rows[good]] = is_counted[columns[good]]
-    return picks.scores[is_ranked], is_right[is_ranked]
+    from models.picking.matching import TOLERANCE_DIAMETERS, judge_picks
 
-
-def average_precision(scores: FloatArray, is_right: NDArray[np.bool_], n_true: int) -> float:
-    """Return the area under the precision-recall curve (mean precision at each right pick, missed ones count 0)."""
-    order = np.argsort(-scores, kind="stable")
-    right = is_right[order]
-    precision = np.cumsum(right) / np.arange(1, len(right) + 1)
-    return float(precision[right].sum() / max(n_true, 1))
+    tolerance = TOLERANCE_DIAMETERS * diameter / _PIXEL_ANGSTROM
+    judged = judge_picks(picks.centres_yx_px, picks.scores, centres, is_counted, tolerance_px=tolerance)
+    return judged.scores, judged.is_right
 
 
 def f1_score(n_right: int, n_picks: int, n_true: int) -> float:
@@ -190,6 +173,7 @@ def _figure(
     n_micrographs: int,
 ) -> dict[str, Any]:
     from models.picking.blob import DEFAULT_THRESHOLD
+    from models.picking.matching import average_precision
 
     found: dict[str, Any] = {}
     for picker, parts in rows.items():
@@ -244,6 +228,7 @@ def _expert_figure() -> dict[str, Any] | None:
     from PIL import Image
 
     from models.picking.blob import BlobSettings, pick_blobs
+    from models.picking.matching import TOLERANCE_DIAMETERS
 
     image = np.asarray(Image.open(folder / "May08_03.05.02.bin_avg.png"), dtype=np.float32)
     table = np.loadtxt(folder / "May08_03.05.02_GT_coords.csv", delimiter=",", skiprows=1)
@@ -254,7 +239,7 @@ def _expert_figure() -> dict[str, Any] | None:
         border_angstrom=0.5 * diameter,
     )
     picks = pick_blobs(torch.from_numpy(image), pixel, settings)
-    tolerance = _TOLERANCE_DIAMETERS * diameter / pixel
+    tolerance = TOLERANCE_DIAMETERS * diameter / pixel
     distance = np.linalg.norm(picks.centres_yx_px[:, None] - truth[None], axis=-1)
     rows, columns = linear_sum_assignment(np.where(distance <= tolerance, distance, 1e6))
     n_right = int((distance[rows, columns] <= tolerance).sum())
