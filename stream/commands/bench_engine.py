@@ -93,6 +93,8 @@ def run_engine_benchmark(
     for name in names:
         if name not in SETS:
             raise ConfigurationError("--part", f"a set is one of {', '.join(SETS)}", name)
+    if shutil.which("relion_refine_mpi") is None or shutil.which("mpirun") is None:
+        raise ConfigurationError("bench engine", "RELION 3.1 and mpirun are on PATH", "relion_refine_mpi")
     done_file = folder / "engine.jsonl"
     figures = []
     for name in names:
