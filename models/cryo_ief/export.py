@@ -302,7 +302,9 @@ def _write_metadata(path: Path, metadata: dict[str, str]) -> None:
     import onnx
 
     graph = onnx.load(path)
-    del graph.metadata_props[:]
+    # The exporter notes every node's stack, with the exporting machine's paths.
+    for part in (graph, graph.graph, *graph.graph.node, *graph.graph.input, *graph.graph.output):
+        del part.metadata_props[:]
     onnx.helper.set_model_props(graph, metadata)
     graph.doc_string = ""
     onnx.checker.check_model(graph)

@@ -1,6 +1,6 @@
 """Networks of several sizes trained alike for a short while: AUC on held-out structures beside particles per second.
 
-`python -m models.cryoranker.compare_sizes --models FOLDER --cpu-seconds 100` simulates one training set for all input sizes,
+`python -m models.cryoranker.compare_sizes --models FOLDER --cpu-seconds 30` simulates one training set for all input sizes,
 gives every network the same CPU time of training (its steps follow from its own speed), and scores the held-out sets through
 the exported file. The figures compare networks with each other; a full training takes all of them further.
 """
@@ -82,7 +82,7 @@ def compare(
     held_out: dict[int, HeldOutBoxes],
     *,
     cpu_seconds: float,
-    n_phantoms: int = 16,
+    n_phantoms: int = 8,
     fields_per_structure: int = 60,
 ) -> list[dict[str, Any]]:
     """Train every candidate for the same CPU time and return its figures."""
@@ -166,7 +166,7 @@ def main() -> None:
         prog="python -m models.cryoranker.compare_sizes", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--models", type=Path, required=True, help="folder of PDB/mmCIF files")
-    parser.add_argument("--cpu-seconds", type=float, default=100.0, help="CPU time of each training")
+    parser.add_argument("--cpu-seconds", type=float, default=30.0, help="CPU time of each training")
     parser.add_argument("--snr", type=float, default=0.05)
     parser.add_argument("--cache", type=Path, default=Path("~/.cache/icestream/ranker"))
     given = parser.parse_args()
