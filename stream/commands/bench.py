@@ -193,8 +193,19 @@ def _engine(
     )
 
 
+def _views(
+    folder: Path, size: int | None, part: str | None, box_px: int | None, limit_s: float | None
+) -> Figures:
+    from stream.commands.bench_views import run_views_benchmark
+
+    if limit_s is not None:
+        raise ConfigurationError("--limit-s", "it belongs to `bench engine`", "views")
+    return run_views_benchmark(folder, n_particles=size or 2_000, part=part, box_px=box_px)
+
+
 LONG_BENCHMARKS: dict[str, Callable[[Path, int | None, str | None, int | None, float | None], Figures]] = {
     "convergence": _convergence,
     "engine": _engine,
     "honesty": _honesty,
+    "views": _views,
 }
