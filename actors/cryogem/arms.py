@@ -59,7 +59,7 @@ def make_arms(
     *,
     on_progress: Callable[[str], None] | None = None,
 ) -> list[Arm]:
-    """Return the baselines and a training per folder; frames are rendered once, with the first folder's physics."""
+    """Return the baselines and a training per folder; the baselines have the first folder's physics."""
     stage: PhysicsStage | None = None
     arms: list[Arm] = []
     frames: list[CleanFrame] = []
@@ -75,9 +75,9 @@ def make_arms(
             for model in NOISE_MODELS:
                 noise = noise_by_formula(model, fit)
                 arms.append(Arm(name=f"{model} at SNR {PAPER_SNR}", noise=noise, frames=frames, seed=seed))
-        arms.append(
-            Arm(name=folder.name, noise=make_noise("cryogem", own, network), frames=frames, seed=seed)
-        )
+        # an ablation without physics sees the same specimens in its own way
+        seen = frames if own.settings == stage.settings else render_frames(own, n_frames, seed)
+        arms.append(Arm(name=folder.name, noise=make_noise("cryogem", own, network), frames=seen, seed=seed))
     return arms
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -27,6 +28,8 @@ from models.optics.ctf import evaluate_ctf, frequency_grid
 from models.optics.ctf_fit import Microscope
 from models.simulation.imaging import CtfTruth, add_patch
 from models.simulation.projection import Projector
+
+ImagingForm = Literal["physics", "projection"]
 
 _BATCH = 32
 _REFERENCE_VIEWS = 24
@@ -44,18 +47,23 @@ class PhysicsSettings:
     `mask_threshold` 0.9 puts a pixel into the particle mask where a particle's projection is above 0.1 of its own
     maximum. `background` is b of the module's docstring. `snr` is the variance of I_phy over that of the noise added
     before translation. `conformation_weights` are relative frequencies of the bank's volumes (None: equal).
+    `imaging` "projection" leaves out ice and CTF: I_phy is minus the specimen, as unpaired translation is used without
+    physics (an ablation: with `training.nce_form: unguided` it is CUT; CTFs of generated particles then mean nothing).
     """
 
     mask_threshold: float = 0.9
     background: float = 1.0
     snr: float = 0.1
     conformation_weights: tuple[float, ...] | None = None
+    imaging: ImagingForm = "physics"
 
     def __post_init__(self) -> None:
         if not 0.0 < self.mask_threshold < 1.0:
             raise ValueError(f"mask_threshold: {self.mask_threshold}, must lie in (0, 1)")
         if self.snr <= 0.0:
             raise ValueError(f"snr: {self.snr}, must be over 0")
+        if self.imaging not in get_args(ImagingForm):
+            raise ValueError(f"imaging: {self.imaging!r}, must be one of {', '.join(get_args(ImagingForm))}")
         if not 0.0 <= self.background <= 10.0:
             raise ValueError(f"background: {self.background}, must lie in [0, 10]")
 
@@ -214,6 +222,8 @@ class PhysicsStage:
         height, width = self.bank.shape_yx
         margin = rendered.margin_px
         frame = (slice(margin, margin + height), slice(margin, margin + width))
+        if self.settings.imaging == "projection":
+            return self.settings.background - float(rendered.projection[frame].mean())
         specimen = self.ice_canvas(imaging, rendered)[frame] * (
             rendered.projection[frame] - self.settings.background
         )
@@ -237,7 +247,9 @@ class PhysicsStage:
     def image_canvas(
         self, projection: Float[Tensor, "h w"], ice: Float[Tensor, "h w"], imaging: Imaging
     ) -> Float[Tensor, "h w"]:
-        """Return eq. 3 on a canvas, whose edges wrap around."""
+        """Return eq. 3 on a canvas, whose edges wrap around; without physics, the specimen's negative."""
+        if self.settings.imaging == "projection":
+            return self.settings.background - projection
         return image_specimen(
             ice * (projection - self.settings.background),
             imaging.ctf,

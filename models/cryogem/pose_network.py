@@ -54,8 +54,8 @@ class PoseTraining:
     seed: int = 0
     epochs: int = 8
     batch_size: int = 64
-    learning_rate: float = 1e-3
-    width: int = 32
+    learning_rate: float = 2e-3
+    width: int = 16
     device: str = "cpu"
 
     def __post_init__(self) -> None:

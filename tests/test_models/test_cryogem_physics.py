@@ -255,3 +255,16 @@ def test_parts_of_a_frame_keep_their_brightness(stage):
     assert float(whole.mean()) == pytest.approx(150 / 127.5 - 1, abs=0.02)
     assert float(whole.std()) == pytest.approx(40 / 127.5, rel=0.05)
     assert float(scaled(seen[:, -40:]).mean()) > float(scaled(seen[:, :40]).mean()) + 0.03
+
+
+def test_without_physics_a_frame_is_the_specimens_negative(bank, stage):
+    bare = build_physics(bank, PhysicsSettings(imaging="projection"))
+    rendered = bare.render(bare.draw_specimen(rng()))
+    imaging = bare.draw_imaging(rng())
+    frame, margin = bare.image(rendered, imaging), bare.margin_px
+    projection = rendered.projection[margin : margin + SHAPE[0], margin : margin + SHAPE[1]]
+    assert torch.allclose(frame, 1.0 - projection)
+    assert bare.frame_mean(rendered, imaging) == pytest.approx(float(frame.mean()), abs=1e-5)
+    # the same specimen through ice and CTF is another image
+    assert float((stage.image(rendered, imaging) - frame).abs().max()) > 0.1
+    assert bare.noise_sd == pytest.approx(float(frame.std()) / 0.1**0.5, rel=0.3)
