@@ -10,11 +10,13 @@ from stream.control.settings import RunPolicy
 from stream.records.commands import RunMember
 from stream.records.values import (
     CampaignRequest,
+    ClusteringId,
     ClusteringRequest,
     ClusteringResult,
     ParticleSubset,
     RunId,
     RunPurpose,
+    RunRequest,
     RunResult,
 )
 
@@ -122,3 +124,33 @@ def subset_of(request: CampaignRequest, n_particles: int) -> ParticleSubset:
 def list_passed(results: Sequence[RunResult], policy: RunPolicy) -> list[RunResult]:
     """Return the results that pass."""
     return [result for result in results if has_passed(result, policy)]
+
+
+def request_run(request: CampaignRequest, draft: RunDraft, number: int) -> RunRequest:
+    """Return the whole request of a campaign's run; `number` is its place among all runs of the session."""
+    return RunRequest(
+        run_id=RunId(f"run{number:03d}"),
+        campaign_id=request.campaign_id,
+        purpose=draft.purpose,
+        subset=draft.subset,
+        n_particles=draft.n_particles,
+        model_hash=request.model_hash,
+        symmetry=request.symmetry,
+        mask_diameter_angstrom=request.mask_diameter_angstrom,
+        start_map=draft.start_map,
+        warm_start=draft.warm_start,
+        compare_with=draft.compare_with,
+        reason=draft.reason,
+    )
+
+
+def request_clustering(request: CampaignRequest, draft: ClusteringDraft) -> ClusteringRequest:
+    """Return the whole request of a campaign's clustering."""
+    return ClusteringRequest(
+        clustering_id=ClusteringId(f"{request.campaign_id}-clusters"),
+        campaign_id=request.campaign_id,
+        model_hash=request.model_hash,
+        subset=draft.subset,
+        n_clusters=draft.n_clusters,
+        reason=draft.reason,
+    )

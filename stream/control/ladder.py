@@ -17,7 +17,8 @@ from stream.control.campaign import (
     ClusteringDraft,
     ClusteringRecord,
     Conclusion,
-    RunDraft,
+    request_clustering,
+    request_run,
 )
 from stream.control.decisions import DecisionLog
 from stream.control.exposures import ExposureState
@@ -63,11 +64,9 @@ from stream.records.values import (
     CampaignRequest,
     CampaignTrigger,
     ClusteringId,
-    ClusteringRequest,
     ExposureId,
     RunId,
     RunPurpose,
-    RunRequest,
     RunResult,
 )
 
@@ -133,11 +132,9 @@ class RunLadder:
             if not self._policy.enabled:
                 return []
             due = self._find_due(is_complete=is_complete)
-            return (
-                []
-                if due is None
-                else [CampaignStarted(at=at, request=self._plan(due, is_complete=is_complete))]
-            )
+            if due is None:
+                return []
+            return [CampaignStarted(at=at, request=self._plan(due, is_complete=is_complete))]
         if not self._policy.enabled:
             return [self._end(at, active, "runs are switched off")]
         repeats = active.request.repeats
@@ -164,11 +161,11 @@ class RunLadder:
             if precedence is Precedence.AFTER_RUN:
                 return []
         if isinstance(step, ClusteringDraft):
-            return [ClusteringStarted(at=at, request=self._request_clustering(active, step))]
+            return [ClusteringStarted(at=at, request=request_clustering(active.request, step))]
         n_free = self._policy.max_parallel_runs - len(self._in_work)
         drafts = step[: max(n_free, 0)]
         return [
-            RunStarted(at=at, request=self._request_run(active, draft, len(self.runs) + 1 + i))
+            RunStarted(at=at, request=request_run(active.request, draft, len(self.runs) + 1 + i))
             for i, draft in enumerate(drafts)
         ]
 
@@ -237,36 +234,6 @@ class RunLadder:
     def _end(at: float, campaign: CampaignRecord, reason: str) -> CampaignEnded:
         return CampaignEnded(
             at=at, campaign_id=campaign.request.campaign_id, is_complete=False, accepted=None, reason=reason
-        )
-
-    @staticmethod
-    def _request_run(campaign: CampaignRecord, draft: RunDraft, number: int) -> RunRequest:
-        request = campaign.request
-        return RunRequest(
-            run_id=RunId(f"run{number:03d}"),
-            campaign_id=request.campaign_id,
-            purpose=draft.purpose,
-            subset=draft.subset,
-            n_particles=draft.n_particles,
-            model_hash=request.model_hash,
-            symmetry=request.symmetry,
-            mask_diameter_angstrom=request.mask_diameter_angstrom,
-            start_map=draft.start_map,
-            warm_start=draft.warm_start,
-            compare_with=draft.compare_with,
-            reason=draft.reason,
-        )
-
-    @staticmethod
-    def _request_clustering(campaign: CampaignRecord, draft: ClusteringDraft) -> ClusteringRequest:
-        request = campaign.request
-        return ClusteringRequest(
-            clustering_id=ClusteringId(f"{request.campaign_id}-clusters"),
-            campaign_id=request.campaign_id,
-            model_hash=request.model_hash,
-            subset=draft.subset,
-            n_clusters=draft.n_clusters,
-            reason=draft.reason,
         )
 
     # --- what happened -------------------------------------------------------------------------------
