@@ -175,7 +175,8 @@ preprocess.add_argument("-o", "--destdir", required=True)
 train = commands.add_parser("train")
 for name in ("--train-images", "--train-targets", "--method", "--save-prefix", "--output"):
     train.add_argument(name, required=True)
-train.add_argument("--pi", type=float, required=True)
+for name in ("--pi", "--minibatch-balance"):
+    train.add_argument(name, type=float, required=True)
 for name in ("--radius", "--num-epochs", "--epoch-size", "--minibatch-size", "--device", "--num-workers"):
     train.add_argument(name, type=int)
 args = parser.parse_args()
