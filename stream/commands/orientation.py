@@ -104,6 +104,7 @@ def measure_orientation(
     from models.fourier.point_groups import normalise_symmetry, symmetry_matrices
     from models.reconstruction.fsc import masked_fsc
     from models.reconstruction.orientation import orientation_diagnostics
+    from models.reconstruction.tilt import forecast_views
 
     try:
         group_name = normalise_symmetry(symmetry)
@@ -122,18 +123,21 @@ def measure_orientation(
     rotations = None if poses is None else _read_rotations(poses)
     generator = torch.Generator().manual_seed(seed)
     curves = masked_fsc(a.data, b.data, mask_data, pixel, rule=rule, generator=generator)
+    group = None if group_name == "C1" else symmetry_matrices(group_name)
     diagnostics = orientation_diagnostics(
         a.data,
         b.data,
         mask_data,
         pixel,
         generator=generator,
-        symmetry_matrices=None if group_name == "C1" else symmetry_matrices(group_name),
+        symmetry_matrices=group,
         rotations=rotations,
         n_null=n_null,
     )
     document = _document(curves, diagnostics)
+    views = None if rotations is None else forecast_views(rotations, generator=generator, group=group)
     document |= {
+        "views": None if views is None else views.summary(),
         "half1": str(half1),
         "half2": str(half2),
         "mask": "made from the half-maps" if mask is None else str(mask),
@@ -324,3 +328,7 @@ def _print_summary(document: dict[str, Any]) -> None:
         typer.echo(
             f"E_od        {document['view_efficiency']:.3f} (efficiency of the views; good: above 0.8)"
         )
+        views = document["views"]
+        typer.echo(f"views       {views['missing_fraction']:.0%} missing")
+        tilted = ", ".join(f"{t['scf_star']:.2f} at {t['tilt_deg']:.0f}°" for t in views["tilts"][1:])
+        typer.echo(f"stage tilt  SCF* would be {tilted}")

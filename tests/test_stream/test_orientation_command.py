@@ -83,6 +83,8 @@ def test_json_has_the_contracts_keys_and_poses_give_scf_star(halves, poses):
     assert len(document["cfsc_min"]) == SIZE // 2 + 1
     assert document["cfsc_min"][1] is None
     assert document["scf_star"] > 0.85
+    assert document["views"]["recommended_tilt_deg"] is None
+    assert [t["tilt_deg"] for t in document["views"]["tilts"]] == [0.0, 20.0, 30.0, 40.0]
 
 
 def test_files_are_written_and_the_table_has_relions_columns(halves, tmp_path):
@@ -102,6 +104,7 @@ def test_files_are_written_and_the_table_has_relions_columns(halves, tmp_path):
     assert table["rlnFourierShellCorrelationCorrected"][3] > 0.9
     document = json.loads((out / "orientation.json").read_text())
     assert document["scf_star"] is None
+    assert document["views"] is None
     with mrcfile.open(out / "mask.mrc") as mrc:
         assert float(mrc.voxel_size.x) == pytest.approx(3.0)
         np.testing.assert_array_equal(mrc.data, ball(10))
