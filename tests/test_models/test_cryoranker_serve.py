@@ -100,6 +100,29 @@ def test_a_last_batch_of_one_is_scored(exported):
     assert features.shape == (3, 96)
 
 
+def test_a_run_of_the_graph_stays_in_the_cache_and_int8_goes_alone(exported):
+    from models.cryoranker.serve import RankerInfo, _images_at_once
+
+    def images_at_once(architecture, width, size, *, precision="fp32", is_on_gpu=False):
+        info = RankerInfo(
+            architecture=architecture, input_size_px=size, mean=0.5, std=0.2, resize_mode="hartley",
+            source_sha256="0", precision=precision,
+        )  # fmt: skip
+        return _images_at_once(info, width, is_on_gpu=is_on_gpu)
+
+    base, small = "vit-w768-d12-h12-p14-224-v1.5", "vit-w128-d4-h4-p8-64-v1"
+    assert images_at_once(base, 768, 224) == 1
+    assert images_at_once(small, 128, 64) == 15
+    assert images_at_once(small, 128, 64, precision="int8") == 1
+    assert images_at_once(base, 768, 224, is_on_gpu=True) is None
+    assert images_at_once("test", 4, 16) is None
+    ranker = OnnxRanker(exported[0])
+    images = np.random.default_rng(0).normal(size=(7, 32, 32)).astype(np.float32)
+    expected = ranker.score(images)[0]
+    ranker.images_at_once = 2
+    np.testing.assert_allclose(ranker.score(images)[0], expected, atol=1e-6)
+
+
 def test_no_images_give_no_scores(exported):
     scores, features = OnnxRanker(exported[0]).score(np.zeros((0, 32, 32), np.float32))
     assert scores.shape == (0,)
