@@ -12,9 +12,12 @@ from story import play, rank_one, run_result
 
 from stream.commands.narration import EventLog, Narrator, NewAdvice
 from stream.commands.status import print_status
+from stream.config import AdviceChoice, parse_settings
+from stream.control.advice import AdviceSettings
 from stream.control.controller import Controller
 from stream.control.settings import ControllerSettings, RunPolicy
 from stream.records.advice import AdviceKind
+from stream.records.errors import ConfigurationError
 from stream.records.events import Event, InputEnded, RunEnded, SessionDecided
 from stream.records.figures import GrowthFigures, RunFigures
 from stream.records.values import RunId
@@ -139,3 +142,9 @@ def test_narrator_and_log_tell_advice() -> None:
     documents = [json.loads(line) for line in lines.getvalue().splitlines()]
     (advice,) = [d["fields"] for d in documents if d["event"] == "advice"]
     assert (advice["kind"], advice["gain_angstrom"]) == ("growth", pytest.approx(0.3))
+
+
+def test_the_configuration_has_every_number_that_advice_goes_by() -> None:
+    assert AdviceSettings(**AdviceChoice().model_dump()) == AdviceSettings()
+    with pytest.raises(ConfigurationError, match="unknown key advice.min_gain_angstroms"):
+        parse_settings({"advice": {"min_gain_angstroms": 0.2}}, item="test")
