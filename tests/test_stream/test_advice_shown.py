@@ -146,5 +146,5 @@ def test_narrator_and_log_tell_advice() -> None:
 
 def test_the_configuration_has_every_number_that_advice_goes_by() -> None:
     assert AdviceSettings(**AdviceChoice().model_dump()) == AdviceSettings()
-    with pytest.raises(ConfigurationError, match="unknown key advice.min_gain_angstroms"):
+    with pytest.raises(ConfigurationError, match=r"unknown key advice\.min_gain_angstroms"):
         parse_settings({"advice": {"min_gain_angstroms": 0.2}}, item="test")
