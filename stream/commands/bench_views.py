@@ -17,8 +17,8 @@ from typing import Any
 from stream.records.errors import ConfigurationError
 
 BOX_PX = 32
-SNR = 0.3
-PREFERRED_FRACTION = 0.9
+SNR = 0.5
+PREFERRED_FRACTION = 0.85
 SPREAD_DEG = 8.0
 N_PER_MICROGRAPH = 100
 N_CLUSTERS = 8
@@ -144,8 +144,8 @@ def _run_session(folder: Path, made: ViewSet, n_particles: int, *, has_branch: b
             "search_sizes": [minimum, n_particles],
             "n_parts": 2,
             "n_clusters": N_CLUSTERS,
-            "cluster_min_particles": min(150, minimum // 2),
-            "part_min_particles": 500,
+            "cluster_min_particles": max(50, n_particles // 12),
+            "part_min_particles": min(500, minimum),
             "orientation_branch": has_branch,
         },
         "engine": {"n_starts": 2, "effort": "quick", "max_box_px": 64},
