@@ -596,6 +596,8 @@ def test_another_threshold_counts_again_and_asks_for_a_campaign() -> None:
     assert isinstance(started, StartRun)
     assert started.request.subset.score_threshold == 0.85
     assert controller.n_above_threshold == started.request.n_particles == 120
+    decide(controller, kind=WishKind.SET_SCORE_THRESHOLD, score_threshold=0.0)
+    assert controller.n_above_threshold == 240
 
 
 def test_a_run_is_started_by_a_campaign_in_work_and_once() -> None:
