@@ -70,13 +70,12 @@ def frechet_distance(a: NDArray[np.floating], b: NDArray[np.floating]) -> float:
         if rows.ndim != 2 or len(rows) < 2 or not np.isfinite(rows).all():
             raise ValueError(f"{name}: shape {rows.shape}, must be two or more finite vectors (n, d)")
     x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    covariance_x, covariance_y = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
-    values, vectors = np.linalg.eigh(np.atleast_2d(covariance_x))
-    root = (vectors * np.sqrt(np.clip(values, 0.0, None))) @ vectors.T
-    cross = np.linalg.eigvalsh(root @ np.atleast_2d(covariance_y) @ root)
-    trace = np.trace(np.atleast_2d(covariance_x)) + np.trace(np.atleast_2d(covariance_y))
     shift = float(np.square(x.mean(0) - y.mean(0)).sum())
-    return max(0.0, shift + float(trace) - 2.0 * float(np.sqrt(np.clip(cross, 0.0, None)).sum()))
+    # with C = RᵀR the last trace is the sum of the singular values of R₁ R₂ᵀ, which is small where vectors are few
+    roots = [np.linalg.qr((v - v.mean(0)) / np.sqrt(len(v) - 1), mode="r") for v in (x, y)]
+    cross = float(np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum())
+    trace = sum(float(np.square(root).sum()) for root in roots)
+    return max(0.0, shift + trace - 2.0 * cross)
 
 
 def ring_spectrum(images: Sequence[Float[Tensor, "h w"]]) -> NDArray[np.float64]:

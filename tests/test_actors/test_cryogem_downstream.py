@@ -13,6 +13,7 @@ import yaml
 
 from actors.cryogem.arms import make_arms
 from actors.cryogem.downstream import DownstreamSettings, evaluate_downstream
+from actors.cryogem.evaluation import evaluate_trainings
 from actors.cryogem.topaz_training import TopazTraining, train_topaz
 from actors.cryogem.truth import read_truth
 from actors.cryogem.virtual_session import TRUTH_STAR, VirtualSessionSettings, write_virtual_session
@@ -20,6 +21,7 @@ from actors.jobs.cryogem import read_job
 from models.cryo_ief.workers import Workers
 from models.cryogem.bank import load_bank
 from models.cryogem.picker import LabelledMicrograph
+from models.weights import sha256_of_file
 from stream.records.errors import ConfigurationError, InputError, ResourceError
 from stream.sinks.relion_star import read_particles_star, write_particles_star
 
@@ -137,6 +139,36 @@ def test_the_command_prints_its_contract(session, trained):
     assert poses["errors"]["true poses"]["view_error_deg"] == pytest.approx(0.0, abs=0.1)
     assert poses["errors"]["true poses"]["shift_error_px"] == 0.0
     assert 40.0 < poses["errors"]["random poses"]["view_error_deg"] < 140.0
+
+
+def test_a_users_inception_takes_the_rankers_place(trained, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    weights = np.random.default_rng(1).normal(size=(3, 2048)).astype(np.float32)
+    shape = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [
+            onnx.helper.make_node("GlobalAveragePool", ["image"], ["pooled"]),
+            onnx.helper.make_node("Flatten", ["pooled"], ["flat"]),
+            onnx.helper.make_node("MatMul", ["flat", "weights"], ["features"]),
+        ],
+        "standin",
+        [shape("image", onnx.TensorProto.FLOAT, ["b", 3, 32, 32])],
+        [shape("features", onnx.TensorProto.FLOAT, ["b", 2048])],
+        [onnx.numpy_helper.from_array(weights, "weights")],
+    )
+    path = tmp_path / "inception.onnx"
+    onnx.save(
+        onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8), path
+    )
+    ours = evaluate_trainings([trained], n_micrographs=1)
+    theirs = evaluate_trainings([trained], n_micrographs=1, inception=path)
+    assert ours.features == "ranker"
+    assert theirs.features == f"inception {sha256_of_file(path)}"
+    assert theirs.distances["small"].frechet_x1000 != ours.distances["small"].frechet_x1000
+    assert theirs.distances["small"].spectrum == ours.distances["small"].spectrum
+    path.write_bytes(b"no network")
+    with pytest.raises(InputError, match="the file of an Inception v3"):
+        evaluate_trainings([trained], inception=path)
 
 
 def test_what_cannot_be_measured_is_refused(session, trained, tmp_path):

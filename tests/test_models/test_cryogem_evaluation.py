@@ -47,6 +47,16 @@ def test_frechet_distance_knows_correlation():
     assert frechet_distance(a, mixed) == pytest.approx(expected, rel=0.05)
 
 
+def test_frechet_distance_of_fewer_vectors_than_dimensions_is_the_formula():
+    rng = np.random.default_rng(3)
+    a, b = rng.normal(size=(6, 9)), rng.normal(size=(5, 9)) * 2.0 + 0.3
+    first, second = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    roots = np.sqrt(np.clip(np.linalg.eigvals(first @ second).real, 0.0, None)).sum()
+    shift = np.square(a.mean(0) - b.mean(0)).sum()
+    expected = shift + np.trace(first) + np.trace(second) - 2.0 * roots
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-5)
+
+
 def test_frechet_distance_refuses_what_is_not_finite():
     with pytest.raises(ValueError, match="b: shape"):
         frechet_distance(np.zeros((3, 2)), np.array([[np.nan, 1.0], [1.0, 1.0]]))
