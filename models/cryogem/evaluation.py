@@ -72,7 +72,7 @@ def frechet_distance(a: NDArray[np.floating], b: NDArray[np.floating]) -> float:
     x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     shift = float(np.square(x.mean(0) - y.mean(0)).sum())
     # with C = RᵀR the last trace is the sum of the singular values of R₁ R₂ᵀ, which is small where vectors are few
-    roots = [np.linalg.qr((v - v.mean(0)) / np.sqrt(len(v) - 1), mode="r") for v in (x, y)]
+    roots = [np.asarray(np.linalg.qr((v - v.mean(0)) / np.sqrt(len(v) - 1), mode="r")) for v in (x, y)]
     cross = float(np.linalg.svd(roots[0] @ roots[1].T, compute_uv=False).sum())
     trace = sum(float(np.square(root).sum()) for root in roots)
     return max(0.0, shift + trace - 2.0 * cross)

@@ -14,13 +14,16 @@ import yaml
 from actors.cryogem.arms import make_arms
 from actors.cryogem.downstream import DownstreamSettings, evaluate_downstream
 from actors.cryogem.evaluation import evaluate_trainings
+from actors.cryogem.step_cost import measure_step
 from actors.cryogem.topaz_training import TopazTraining, train_topaz
 from actors.cryogem.truth import read_truth
 from actors.cryogem.virtual_session import TRUTH_STAR, VirtualSessionSettings, write_virtual_session
 from actors.jobs.cryogem import read_job
 from models.cryo_ief.workers import Workers
 from models.cryogem.bank import load_bank
+from models.cryogem.networks import NetworkSettings
 from models.cryogem.picker import LabelledMicrograph
+from models.cryogem.settings import TrainingSettings
 from models.weights import sha256_of_file
 from stream.records.errors import ConfigurationError, InputError, ResourceError
 from stream.sinks.relion_star import read_particles_star, write_particles_star
@@ -261,3 +264,15 @@ def test_topaz_that_fails_or_is_not_there_is_named(tmp_path):
     (tmp_path / "again").mkdir()
     with pytest.raises(ConfigurationError, match="topaz is installed"):
         train_topaz(tmp_path / "nothing", [labelled()], tmp_path / "again", TopazTraining())
+
+
+def test_a_larger_crop_costs_more():
+    networks = NetworkSettings(
+        depth=4, generator_filters=8, discriminator_filters=8, nce_levels=(1, 2), head_width=16
+    )
+    cheap, dear = (
+        measure_step(networks, TrainingSettings(device="cpu", crop_px=side, n_queries=16))
+        for side in (64, 512)
+    )
+    assert dear["cpu_s"] > 3.0 * cheap["cpu_s"] > 0.0
+    assert cheap["peak_gb"] > 0.05
