@@ -66,9 +66,14 @@ def evaluate_cryogem(
 
     Example: icestream evaluate cryogem training/ ablation/ --panel panel.png
     """
+    if topaz is not None and not picking:
+        raise ConfigurationError("--topaz", "Topaz is trained with --picking", topaz)
     if picking or poses:
         if truth is None:
             raise ConfigurationError("--truth", "--picking and --poses need a STAR of known particles", None)
+        if panel is not None or inception is not None:
+            rule = "distances and their picture are measured without --picking and --poses"
+            raise ConfigurationError("--panel, --inception", rule, panel or inception)
         _evaluate_use(
             trainings,
             truth,

@@ -179,7 +179,9 @@ def test_what_cannot_be_measured_is_refused(session, trained, tmp_path):
 
     from stream.cli import app
 
-    assert CliRunner().invoke(app, ["evaluate", "cryogem", str(trained), "--picking"]).exit_code != 0
+    command, known = ["evaluate", "cryogem", str(trained)], ["--truth", str(session / TRUTH_STAR)]
+    for wrong in (["--picking"], ["--poses", *known, "--panel", "p.png"], [*known, "--topaz", "topaz"]):
+        assert CliRunner().invoke(app, [*command, *wrong]).exit_code != 0
     star = read_particles_star(session / TRUTH_STAR)
     settings = DownstreamSettings(is_picking=False, is_poses=True, n_poses=1)
     placeless = star.particles.drop(columns=["rlnCoordinateX"])
