@@ -8,7 +8,7 @@ and one on two maps:
   first test; a ball explains most of them. With very many images this test tells the smallest difference, so that
   `shape_share` is reported beside it.
 
-- **agreement**: some other start has come to the same map, up to rotation and hand. Wrong maps are wrong in many ways.
+- **agreement** (C1 alone): some other start has come to the same map, up to rotation and hand. Wrong maps are wrong in many ways.
 
 What this does not see: a map that is wrong in a way that every start is (facts §2.2: reproducible and wrong).
 """
@@ -50,7 +50,8 @@ MINIMUM_HELD_OUT = 8
 class SeedAcceptance:
     """Mean log evidence per held-out image (nats) of the map, of randomised images, of the ball; z of both differences.
 
-    `agreement` is the map's correlation with another start's, None where there was one start and nothing to compare.
+    `agreement` is the map's correlation with another start's; None with one start, and with a point group, whose starts
+    in C1 need not look alike.
     """
 
     log_evidence: float

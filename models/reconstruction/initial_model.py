@@ -2,10 +2,10 @@
 
 Starts differ in seed and, every second one, in the radius they begin with: dwelling at low resolution helps most
 structures and traps those that are nearly symmetric there. All of them search in C1 and run to half time; the
-likeliest of each kind go on to the end. Where they are not the same map, the others follow and as many new ones, one by one,
-until a second map agrees with the best. A point group is imposed afterwards on several candidate frames of the
-finished maps, each polished by EM within the group, and again the held-out likelihood chooses: it knows the images,
-the symmetry score only the map.
+likeliest of each kind go on to the end. Where they are not the same map, the others follow and as many new ones, one
+by one, until a second map agrees with the best. With a point group all starts go to the end and agreement is not
+asked for: the group is imposed on several candidate frames of the maps, each polished by EM within the group, and
+again the held-out likelihood chooses: it knows the images, the symmetry score only the map.
 """
 
 from __future__ import annotations
@@ -87,8 +87,10 @@ def find_initial_model(
         starts = dict(enumerate(pool.map(begin, range(n_starts))))
         early = list(pool.map(lambda em: float(em.held_out_evidence().double().mean()), starts.values()))
         order = _alternate(sorted(starts, key=lambda i: -early[i]))
-        finished = dict(zip(order[:2], pool.map(finish, order[:2]), strict=True))
-        agreement = _agreement(list(finished.values()))
+        # In C1 a symmetric particle's starts need not look alike: every one is polished within the group instead.
+        chosen = order[:2] if len(group) == 1 else order
+        finished = dict(zip(chosen, pool.map(finish, chosen), strict=True))
+        agreement = _agreement(list(finished.values())) if len(group) == 1 else None
         for index in [*order[2:], *range(n_starts, 2 * n_starts)]:
             best = max(finished.values(), key=lambda result: result.log_evidence)
             is_settled = agreement is None or agreement >= MINIMUM_AGREEMENT
@@ -113,8 +115,6 @@ def find_initial_model(
             data, settings, group, results, seed=seed, n_threads=n_threads, on_progress=on_progress
         )
         best = polished[0]
-        if agreement is not None:
-            agreement = max(agreement, _agreement(polished) or agreement)
     return InitialModel(
         volume=cube_to_volume(best.cube, box),
         reports=(*reports, *more),
