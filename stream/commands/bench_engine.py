@@ -1,6 +1,6 @@
 """Benchmark of the embedded engine beside RELION on the same particles: initial model, then refinement.
 
-RELION runs with the settings its InitialModel and 3D auto-refine jobs fill in by themselves; both engines refine
+RELION runs with the usual settings of its InitialModel and 3D auto-refine jobs (`INITIAL_MODEL`, `AUTO_REFINE`); both engines refine
 from the same start map with the same half sets and mask diameter. RELION's full course takes hours on a CPU: a time limit
 stops it, the last map that it wrote is measured, and how far it had come is stated. Times are wall and CPU seconds
 of both, everything included but the reading of the truth.
