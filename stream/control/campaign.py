@@ -76,7 +76,6 @@ class CampaignRecord:
     request: CampaignRequest
     members: tuple[RunMember, ...]
     members_version: int
-    accepted_before: RunId | None
     runs: list[RunRecord] = field(default_factory=list)
     clustering: ClusteringRecord | None = None
     is_active: bool = True

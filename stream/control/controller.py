@@ -143,7 +143,8 @@ class Controller:
                 self._is_disk_low = is_low
             case InputEnded():
                 self.is_input_ended = True
-                self._tell_if_too_few(event.at, "no more input")
+                if self._is_everything_ranked:
+                    self._tell_if_too_few(event.at, "no more input")
             case DrainRequested():
                 self.is_draining = True
             case _:

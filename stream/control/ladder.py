@@ -241,12 +241,10 @@ class RunLadder:
     def start_campaign(self, event: CampaignStarted) -> None:
         """Freeze the exposures that the campaign's runs are of."""
         request, members = event.request, self._books.list_members()
-        held = self.acceptance.run
         self.campaigns[request.campaign_id] = CampaignRecord(
             request=request,
             members=members,
             members_version=self._books.version,
-            accepted_before=None if held is None else held.run_id,
         )
         self._last_members, self._n_lost = frozenset(m.exposure_id for m in members), 0
         self._n_forced_served = self._wishes.n_forced

@@ -48,7 +48,7 @@ from stream.records.values import (
     RunResult,
     Stage,
 )
-from stream.records.wishes import Wish, WishKind
+from stream.records.wishes import TimeWindow, Wish, WishKind
 
 SETTINGS = ControllerSettings(
     runs=RunPolicy(
@@ -70,6 +70,11 @@ WISHES = st.one_of(
     st.builds(Wish, kind=st.just(WishKind.SET_MASK_DIAMETER), mask_diameter_angstrom=st.just(100.0)),
     st.builds(Wish, kind=st.just(WishKind.SET_SCORE_THRESHOLD), score_threshold=st.sampled_from([0.4, 0.85])),
     st.builds(Wish, kind=st.just(WishKind.FORCE_RUN)),
+    st.builds(
+        Wish,
+        kind=st.just(WishKind.EXCLUDE_TIME),
+        window=st.sampled_from([TimeWindow(from_s=0.0, to_s=1.0), TimeWindow(from_s=1e9, to_s=2e9)]),
+    ),
     st.builds(
         Wish,
         kind=st.sampled_from([WishKind.PIN_RUN, WishKind.REJECT_RUN]),
