@@ -24,7 +24,9 @@ PHANTOM = BlobPhantom.random(BOX, torch.Generator().manual_seed(4), n_blobs=9, s
 
 @pytest.fixture(scope="module")
 def images() -> BlobSet:
-    return simulate_blob_images(PHANTOM, 40, torch.Generator().manual_seed(5), snr=0.1, pixel_size_angstrom=6.0)
+    return simulate_blob_images(
+        PHANTOM, 40, torch.Generator().manual_seed(5), snr=0.1, pixel_size_angstrom=6.0
+    )
 
 
 def sums_of(data: ParticleData, coarse: CoarseSearch | None, beta: float) -> tuple[torch.Tensor, int]:
@@ -32,7 +34,9 @@ def sums_of(data: ParticleData, coarse: CoarseSearch | None, beta: float) -> tup
     near = data.within(SHELL)
     inverse_noise = (1.0 / near.mean_power())[near.plane.shell]
     rotations = so3_grid(2)
-    projections = Projections.of(extract_slices(volume_to_cube(PHANTOM.volume(), SHELL), rotations, near.plane))
+    projections = Projections.of(
+        extract_slices(volume_to_cube(PHANTOM.volume(), SHELL), rotations, near.plane)
+    )
     search = ShiftSearch.gaussian(shift_grid(2, 1.0), 1.5)
     found = sum_slices(near, inverse_noise, projections, search, beta, coarse)
     zeros = ReconstructionGrid(SHELL).zeros()
@@ -54,7 +58,9 @@ def test_two_steps_give_the_sums_of_one(images: BlobSet) -> None:
 def test_two_steps_at_the_same_radius_and_shifts_are_exact_for_a_peaked_posterior(images: BlobSet) -> None:
     n_coefficients = images.data.plane.count_within(SHELL)
     coarse = CoarseSearch(ShiftSearch.gaussian(shift_grid(2, 1.0), 1.5), n_coefficients)
-    clean = simulate_blob_images(PHANTOM, 20, torch.Generator().manual_seed(6), snr=5.0, pixel_size_angstrom=6.0)
+    clean = simulate_blob_images(
+        PHANTOM, 20, torch.Generator().manual_seed(6), snr=5.0, pixel_size_angstrom=6.0
+    )
     exact, _ = sums_of(clean.data, None, 1.0)
     pruned, _ = sums_of(clean.data, coarse, 1.0)
     assert float((pruned - exact).norm() / exact.norm()) < 0.02
