@@ -82,26 +82,32 @@ class GainForecast:
 
 def advise(facts: SessionFacts, settings: AdviceSettings) -> tuple[Advice, ...]:
     """Return the advice that stands now, warnings first."""
-    latest = _latest_whole_run(facts.runs)
+    run = _largest_late_run(facts.runs)
     found = [
         _advise_gain(facts),
         _advise_scores(facts.trend, settings),
         _advise_count(facts, settings),
-        None if latest is None else _advise_views(latest.result, settings),
-        None if latest is None else _advise_growth(latest, facts, settings),
+        None if run is None else _advise_views(run.result, settings),
+        None if run is None else _advise_growth(run, facts, settings),
     ]
     advice = [item for item in found if item is not None]
     return tuple(sorted(advice, key=lambda item: item.severity is not Severity.WARNING))
 
 
-def _latest_whole_run(runs: Sequence[EndedRun]) -> EndedRun | None:
-    """Return the latest run with a resolution that was not on views chosen for their likeness."""
+def _largest_late_run(runs: Sequence[EndedRun]) -> EndedRun | None:
+    """Return the last campaign's largest run with a resolution that was not on views chosen for their likeness.
+
+    Of runs on equally many particles the last one; a sweep's smaller parts say less about the session.
+    """
     whole = [
         run
         for run in runs
         if run.result.resolution_angstrom is not None and run.request.purpose not in _PARTIAL
     ]
-    return whole[-1] if whole else None
+    if not whole:
+        return None
+    campaign = [run for run in whole if run.request.campaign_id == whole[-1].request.campaign_id]
+    return max(reversed(campaign), key=lambda run: run.result.n_particles)
 
 
 # --- views ---------------------------------------------------------------------------------------------

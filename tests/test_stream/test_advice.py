@@ -158,6 +158,13 @@ def test_the_latest_run_on_all_views_speaks_and_not_one_on_a_cluster() -> None:
 # --- growth
 
 
+def test_a_sweeps_smaller_part_does_not_speak_for_the_session() -> None:
+    part = ended("run002", purpose=RunPurpose.SWEEP, cfar=0.09, scf_star=0.05)
+    part = replace(part, result=replace(part.result, n_particles=10_000))
+    assert advise(facts(ended("run001"), part), SETTINGS) == ()
+    assert advise(facts(part, ended("run001")), SETTINGS) == ()
+
+
 def test_the_gain_of_doubling_is_worked_out_by_both_models() -> None:
     # 1/16 + 0.01 ln 2 = 0.0694315 → 3.79510 Å; the slope ± 1.96 · 0.001 → 3.83279 and 3.75849 Å; scaling: 3.9 Å.
     forecast = forecast_gain(GROWTH)
