@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import logging
-from collections.abc import Iterator
 
-import pytest
 from rich.console import Console
 from story import fit, found, preprocessed, ranked
 
@@ -17,16 +14,6 @@ from stream.control.settings import ControllerSettings
 from stream.records.events import ExposureOverruled, QualityLimitsChanged
 from stream.records.values import ExposureId, QualityLimits
 from stream.telemetry.logs import configure_logging
-
-
-@pytest.fixture(autouse=True)
-def restored_logging() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in ("stream", "actors", "models")]
-    kept = [(list(lg.handlers), lg.level, lg.propagate) for lg in loggers]
-    yield
-    for logger, (handlers, level, propagate) in zip(loggers, kept, strict=True):
-        logger.handlers, logger.propagate = handlers, propagate
-        logger.setLevel(level)
 
 
 def test_an_event_becomes_one_json_line_with_its_plain_values() -> None:

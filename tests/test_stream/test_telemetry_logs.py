@@ -4,7 +4,6 @@ import io
 import json
 import logging
 import re
-from collections.abc import Iterator
 
 import pytest
 from hypothesis import given
@@ -13,17 +12,6 @@ from hypothesis import strategies as st
 from stream.telemetry.logs import configure_logging, get_logger, redact
 
 LOGGER_NAMES = ("stream", "actors", "models")
-
-
-@pytest.fixture(autouse=True)
-def restored_logging() -> Iterator[None]:
-    before = {n: logging.getLogger(n) for n in LOGGER_NAMES}
-    kept = {n: (list(lg.handlers), lg.level, lg.propagate) for n, lg in before.items()}
-    yield
-    for name, (handlers, level, propagate) in kept.items():
-        logger = logging.getLogger(name)
-        logger.handlers, logger.propagate = handlers, propagate
-        logger.setLevel(level)
 
 
 def lines(*, as_json: bool = False, secrets: tuple[str, ...] = (), level: str = "info") -> io.StringIO:
