@@ -11,8 +11,6 @@ from hypothesis import strategies as st
 
 from stream.telemetry.logs import configure_logging, get_logger, redact
 
-LOGGER_NAMES = ("stream", "actors", "models")
-
 
 def lines(*, as_json: bool = False, secrets: tuple[str, ...] = (), level: str = "info") -> io.StringIO:
     stream = io.StringIO()
