@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from stream.config import SessionSettings, parse_settings
 from stream.control.controller import Controller
 from stream.control.settings import ControllerSettings
 from stream.records.commands import Command
@@ -150,3 +152,18 @@ def replay(settings: ControllerSettings, log: Iterable[Event]) -> Controller:
 
 def rank_one(controller: Controller, name: str, n_good: int) -> list[Command]:
     return play(controller, found(name), preprocessed(name, n_good), ranked(name, n_good))
+
+
+def make_settings(folder: Path, **sections: Any) -> SessionSettings:
+    """Settings of a session on movies in folder/in with its output in folder/out, without metrics."""
+    (folder / "in").mkdir(exist_ok=True)
+    document = {
+        "movies": folder / "in",
+        "out": folder / "out",
+        "microscope": {"voltage_kv": 300, "cs_mm": 2.7},
+        "acquisition": {"pixel_size_angstrom": 1.0, "dose_e_per_angstrom2": 30},
+        "runtime": {"preprocess_workers": 1, "min_free_disk_bytes": 0},
+        "telemetry": {"port": None},
+        **sections,
+    }
+    return parse_settings(document, item="test")

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from story import fit, found, moved, preprocessed, ranked, run_result, tell
+from story import fit, found, make_settings, moved, preprocessed, ranked, run_result, tell
 from typer.testing import CliRunner
 
 from stream.app import Service, write_session
 from stream.cli import app
 from stream.commands.decide import decide_session, parse_window, tighten
-from stream.config import SessionSettings, parse_settings
 from stream.control.controller import Controller
 from stream.records.errors import ConfigurationError, IcestreamError
 from stream.records.events import RunEnded, SessionDecided
@@ -27,19 +26,6 @@ from stream.store.layout import OutputLayout
 from stream.telemetry.metrics import Telemetry
 
 SYMMETRY = Wish(kind=WishKind.SET_SYMMETRY, symmetry="D2")
-
-
-def make_settings(folder: Path, **sections: Any) -> SessionSettings:
-    (folder / "in").mkdir(exist_ok=True)
-    document = {
-        "movies": folder / "in",
-        "out": folder / "out",
-        "microscope": {"voltage_kv": 300, "cs_mm": 2.7},
-        "acquisition": {"pixel_size_angstrom": 1.0, "dose_e_per_angstrom2": 30},
-        "runtime": {"preprocess_workers": 2, "min_free_disk_bytes": 0},
-        **sections,
-    }
-    return parse_settings(document, item="test")
 
 
 @pytest.fixture

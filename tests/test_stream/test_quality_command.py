@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from story import fit, found, moved, preprocessed, ranked
+from story import fit, found, make_settings, moved, preprocessed, ranked
 from typer.testing import CliRunner
 
 from stream.app import Service, write_session
 from stream.cli import app
 from stream.commands.quality import change_quality
-from stream.config import SessionSettings, parse_settings
 from stream.control.controller import Controller
 from stream.records.errors import ConfigurationError, InputError
 from stream.records.events import Event, ExposureOverruled, QualityLimitsChanged
@@ -26,19 +25,6 @@ from stream.telemetry.metrics import Telemetry
 
 EXPOSURES = {"a": (3.0, 2.0), "b": (4.0, 6.0), "c": (5.0, 10.0), "d": (None, 4.0)}
 """CTF fit (None: no rings) and motion; each has 10 particles, 6 of them above the threshold."""
-
-
-def make_settings(folder: Path, **sections: Any) -> SessionSettings:
-    (folder / "in").mkdir(exist_ok=True)
-    document = {
-        "movies": folder / "in",
-        "out": folder / "out",
-        "microscope": {"voltage_kv": 300, "cs_mm": 2.7},
-        "acquisition": {"pixel_size_angstrom": 1.0, "dose_e_per_angstrom2": 30},
-        "runtime": {"preprocess_workers": 2, "min_free_disk_bytes": 0},
-        **sections,
-    }
-    return parse_settings(document, item="test")
 
 
 @pytest.fixture

@@ -4,31 +4,17 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
+from story import make_settings
 
 from stream.commands.quality import change_quality
-from stream.config import SessionSettings, load_settings, parse_settings
+from stream.config import SessionSettings, load_settings
 from stream.records.events import QualityLimitsChanged
 from stream.status import load_controller
 from stream.store.journal import read_journal
 from stream.store.layout import OutputLayout
 from stream.wiring import build_worker_spec, open_service
-
-
-def make_settings(folder: Path, **sections: Any) -> SessionSettings:
-    (folder / "in").mkdir(exist_ok=True)
-    document = {
-        "movies": folder / "in",
-        "out": folder / "out",
-        "microscope": {"voltage_kv": 300, "cs_mm": 2.7},
-        "acquisition": {"pixel_size_angstrom": 1.0, "dose_e_per_angstrom2": 30},
-        "runtime": {"preprocess_workers": 1, "min_free_disk_bytes": 0},
-        "telemetry": {"port": None},
-        **sections,
-    }
-    return parse_settings(document, item="test")
 
 
 def start(settings: SessionSettings) -> None:
