@@ -9,11 +9,18 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def _restored_logging() -> Iterator[None]:
-    """Undo what a command in this process did to our packages' loggers: `caplog` sees only what propagates."""
-    loggers = [logging.getLogger(name) for name in ("stream", "actors", "models")]
-    kept = [(list(lg.handlers), lg.level, lg.propagate) for lg in loggers]
+def _untouched_logging() -> Iterator[None]:
+    """Undo what commands run in this process (a fixture of a whole module, too) did to our packages' loggers.
+
+    `caplog` sees only what propagates.
+    """
+    _reset_loggers()
     yield
-    for logger, (handlers, level, propagate) in zip(loggers, kept, strict=True):
-        logger.handlers, logger.propagate = handlers, propagate
-        logger.setLevel(level)
+    _reset_loggers()
+
+
+def _reset_loggers() -> None:
+    for name in ("stream", "actors", "models"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [], True
+        logger.setLevel(logging.NOTSET)
