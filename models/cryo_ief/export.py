@@ -247,8 +247,12 @@ def _write_graph(exported: ExportedVit, path: Path) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's progress lines and version warnings out of the command's output."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    """Keep the exporter's progress lines and version warnings out of the command's output.
+
+    The quantiser warns on the root logger.
+    """
+    names = ("torch.onnx", "onnxscript", "onnx_ir", None)
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
@@ -291,7 +295,6 @@ def _quantise(path: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     with _quiet():
-        logging.getLogger().setLevel(logging.ERROR)
         quantize_dynamic(
             path, path, weight_type=QuantType.QInt8, per_channel=True, op_types_to_quantize=["MatMul", "Gemm"]
         )
