@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from still_service import open_service
 from story import fit, found, make_settings, moved, preprocessed, ranked, run_result, tell
 from typer.testing import CliRunner
 
-from stream.app import Service, write_session
+from stream.app import write_session
 from stream.cli import app
 from stream.commands.decide import decide_session, parse_window, tighten
 from stream.control.controller import Controller
@@ -23,7 +24,6 @@ from stream.status import load_status
 from stream.store.inbox import Inbox
 from stream.store.journal import Journal, read_journal
 from stream.store.layout import OutputLayout
-from stream.telemetry.metrics import Telemetry
 
 SYMMETRY = Wish(kind=WishKind.SET_SYMMETRY, symmetry="D2")
 
@@ -208,55 +208,6 @@ def test_exposures_of_a_time_are_left_out_until_it_is_taken_back(layout: OutputL
     assert status["rejected_by"] == {"excluded_time": 1}
     run(out, "--undo", "d1")
     assert load_status(layout.root)["movies"]["rejected"] == 0
-
-
-def open_service(layout: OutputLayout, folder: Path) -> Service:
-    settings = make_settings(folder)
-    journal = Journal(layout.journal)
-    controller, telemetry = (
-        Controller(settings.controller_settings(n_preprocess_workers=2)),
-        Telemetry("test"),
-    )
-    for event in journal.replay():
-        controller.handle(event)
-        telemetry.observe(event, replay=True)
-    service = Service(
-        settings,
-        controller=controller,
-        journal=journal,
-        source=NoSource(),
-        runtime=NoRuntime(),
-        telemetry=telemetry,
-    )
-    service.open()
-    return service
-
-
-class NoSource:
-    is_quiet = True
-    problem = None
-
-    def poll(self, now: float) -> list[Any]:
-        return []
-
-    def take_dropped(self) -> list[str]:
-        return []
-
-    def close(self) -> None:
-        pass
-
-
-class NoRuntime:
-    worker_restarts: dict[str, int] = {}  # noqa: RUF012 - nothing is ever put in
-
-    def submit(self, command: object) -> None:
-        pass
-
-    def poll(self, timeout_s: float) -> list[Any]:
-        return []
-
-    def close(self) -> None:
-        pass
 
 
 def test_a_running_service_takes_decisions_from_its_inbox_each_once(

@@ -8,20 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from still_service import open_service
 from story import fit, found, make_settings, moved, preprocessed, ranked
 from typer.testing import CliRunner
 
-from stream.app import Service, write_session
+from stream.app import write_session
 from stream.cli import app
 from stream.commands.quality import change_quality
-from stream.control.controller import Controller
 from stream.records.errors import ConfigurationError, InputError
-from stream.records.events import Event, ExposureOverruled, QualityLimitsChanged
+from stream.records.events import ExposureOverruled, QualityLimitsChanged
 from stream.status import load_status
 from stream.store.inbox import Inbox, LimitsRequest, OverruleRequest
 from stream.store.journal import Journal, read_journal
 from stream.store.layout import OutputLayout
-from stream.telemetry.metrics import Telemetry
 
 EXPOSURES = {"a": (3.0, 2.0), "b": (4.0, 6.0), "c": (5.0, 10.0), "d": (None, 4.0)}
 """CTF fit (None: no rings) and motion; each has 10 particles, 6 of them above the threshold."""
@@ -130,57 +129,6 @@ def test_the_tables_for_people_name_limits_and_figures(layout: OutputLayout) -> 
 
 
 # --- with a service that runs ----------------------------------------------------------------------
-
-
-class StillSource:
-    problem = None
-    is_quiet = True
-
-    def poll(self, now: float) -> list[Event]:
-        return []
-
-    def take_dropped(self) -> list[str]:
-        return []
-
-    def close(self) -> None:
-        pass
-
-
-class StillRuntime:
-    worker_restarts: dict[str, int] = {}  # noqa: RUF012 - never written
-
-    def submit(self, command: object) -> None:
-        pass
-
-    def poll(self, timeout_s: float) -> list[Event]:
-        return []
-
-    def close(self) -> None:
-        pass
-
-
-def open_service(layout: OutputLayout, tmp_path: Path) -> Service:
-    settings = make_settings(tmp_path)
-    journal = Journal(layout.journal)
-    controller, telemetry = (
-        Controller(settings.controller_settings(n_preprocess_workers=1)),
-        Telemetry("test"),
-    )
-    for event in journal.replay():
-        controller.handle(event)
-        telemetry.observe(event, replay=True)
-    ticks = iter(range(1_000_000))
-    service = Service(
-        settings,
-        controller=controller,
-        journal=journal,
-        source=StillSource(),
-        runtime=StillRuntime(),
-        telemetry=telemetry,
-        clock=lambda: float(next(ticks)),
-    )
-    service.open()
-    return service
 
 
 def test_a_running_service_takes_the_word_from_its_inbox(layout: OutputLayout, tmp_path: Path) -> None:
