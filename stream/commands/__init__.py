@@ -8,7 +8,7 @@ from importlib import import_module
 import typer
 
 COMMAND_MODULES = (
-    "demo", "simulate", "run", "status", "quality", "decide", "preprocess", "score", "classify", "reconstruct", "orientation", "export", "train", "generate", "evaluate", "evaluate_cryogem", "bench",
+    "demo", "simulate", "run", "status", "report", "quality", "decide", "preprocess", "score", "classify", "reconstruct", "orientation", "export", "train", "generate", "evaluate", "evaluate_cryogem", "bench",
 )  # fmt: skip
 
 

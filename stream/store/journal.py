@@ -23,6 +23,7 @@ from stream.records.events import Event
 
 SCHEMA_VERSION = 2
 """2: runs are events. Journals of schema 1 told runs only by their results, and half-sets by the order of arrival."""
+_LOCK_NAME = ".icestream.lock"
 _EVENT_TYPES = {event_type.__name__: event_type for event_type in get_args(Event)}
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS events (
@@ -47,7 +48,7 @@ class Journal:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
-        self._lock = _WriterLock(path.parent / ".icestream.lock")
+        self._lock = _WriterLock(path.parent / _LOCK_NAME)
         try:
             self._connection = _connect(path)
         except sqlite3.DatabaseError as error:
@@ -101,6 +102,24 @@ def read_journal(path: Path) -> Iterator[Event]:
         raise ConfigurationError(path, f"the journal must be a readable SQLite file: {error}") from error
     finally:
         connection.close()
+
+
+def is_journal_held(path: Path) -> bool:
+    """Tell whether a service writes this journal now.
+
+    The question takes the lock for an instant: a service that starts in that very instant is refused.
+    """
+    try:
+        descriptor = os.open(path.parent / _LOCK_NAME, os.O_RDONLY)
+    except OSError:  # nobody has ever written here, or nobody may look
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def _connect(path: Path) -> sqlite3.Connection:

@@ -45,6 +45,11 @@ class OutputLayout:
         return self.root / "export"
 
     @property
+    def report(self) -> Path:
+        """The session report, where no other place is given for it."""
+        return self.root / "report.html"
+
+    @property
     def stage_folders(self) -> tuple[Path, ...]:
         """Where stages write the files of single exposures."""
         one = (self.micrograph, self.unweighted, self.motion, self.ctf_values, self.picks, self.particles)
