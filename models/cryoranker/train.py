@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from models.cryo_ief.config import Head, VitConfig, vit_config
 from models.cryo_ief.encode import encode_grey
 from models.cryo_ief.image_sets import grey_statistics
-from models.cryo_ief.layouts import load_model
 from models.cryo_ief.optimisation import build_optimiser, prepare_start, set_learning_rate
 from models.cryo_ief.settings import unknown_key
 from models.cryo_ief.training_state import TrainingState, restore_state, save_state
@@ -38,10 +37,13 @@ from models.cryoranker.dataset import (
 )
 from models.cryoranker.losses import ALPHA, MARGIN, ranking_loss
 from models.cryoranker.metrics import ScoreQuality, score_quality
-from models.weights import load_checkpoint, save_checkpoint
+from models.cryoranker.starting import is_exported, settle_norms, starting_network
+from models.cryoranker.synthetic import SyntheticParticles, mix_sets, read_synthetic
+from models.weights import save_checkpoint
 
 CHECKPOINT_FILE = "ranker.safetensors"
 _LEAST_CALIBRATION = 30
+_SETTLING_IMAGES = 1024
 _CALIBRATION_KEYS = ("good_accepted", "calibration_threshold", "calibration_snr")
 Progress = Callable[[dict[str, float]], None]
 
@@ -95,7 +97,9 @@ class TrainConfig:
     """Wall clock at which the cosine ends early; the decay follows the clock or the steps, whichever is ahead."""
     checkpoint_every: int = 100
     initial_checkpoint: str | None = None
-    """A ranker to go on from, or a Cryo-IEF encoder to fine-tune (the paper's way)."""
+    """A ranker to go on from ("default": the shipped one), or a Cryo-IEF encoder to fine-tune (the paper's way)."""
+    synthetic: SyntheticParticles | None = None
+    """Generated particles mixed into the training images; the ranker gone on from then gives sizes and grey statistics."""
 
     def __post_init__(self) -> None:
         for name in ("n_steps", "batch_size", "evaluate_every", "checkpoint_every"):
@@ -104,6 +108,9 @@ class TrainConfig:
                 raise ValueError(msg)
         if self.good_accepted is not None and not 0.5 <= self.good_accepted < 1.0:
             msg = f"good_accepted: {self.good_accepted}, must lie in [0.5, 1)"
+            raise ValueError(msg)
+        if self.synthetic is not None and self.initial_checkpoint is None:
+            msg = "initial_checkpoint: none, synthetic particles fine-tune a ranker (default: the shipped one)"
             raise ValueError(msg)
 
 
@@ -127,14 +134,16 @@ def train_ranker(
 ) -> TrainResult:
     """Simulate (or reuse) the data, train, and write `ranker.safetensors` and `curve.json` into `folder`."""
     workers = workers or Workers()
-    model_config = vit_config(config.size, **{"head": Head.SOFTMAX2, **_model_changes(config.model)})
+    start = _ranker_gone_on_from(config)
+    model_config = start or vit_config(config.size, **{"head": Head.SOFTMAX2, **_model_changes(config.model)})
     if not workers.is_first:
         workers.barrier()  # the first worker simulates, the others find it in the cache
     training, validation = load_data(config, model_config)
     if workers.is_first:
         workers.barrier()
-    mean, std = grey_statistics(training.grey)
-    model_config = replace(model_config, mean=mean, std=std)
+    if start is None:
+        mean, std = grey_statistics(training.grey)
+        model_config = replace(model_config, mean=mean, std=std)
     result = fit(model_config, config, training, validation, folder, workers=workers, on_progress=on_progress)
     checkpoint, sha256 = folder / CHECKPOINT_FILE, None
     if workers.is_first:
@@ -181,8 +190,23 @@ def load_data(config: TrainConfig, model_config: VitConfig) -> tuple[LabelledPar
 
     training = simulate_set_cached(training_spec, cache, n_processes=data.n_processes, on_progress=report)
     validation = simulate_set_cached(validation_spec, cache, n_processes=data.n_processes, on_progress=report)
+    if config.synthetic is not None:
+        synthetic = read_synthetic(config.synthetic, model_config, seed=config.seed)
+        log.info("synthetic images %d", len(synthetic))
+        training = mix_sets(training, synthetic, config.synthetic.part, seed=config.seed)
     log.info("training images %d, validation images %d", len(training), len(validation))
     return training, validation
+
+
+def _ranker_gone_on_from(config: TrainConfig) -> VitConfig | None:
+    """Return the configuration of the ranker that synthetic particles fine-tune."""
+    if config.synthetic is None or config.initial_checkpoint is None:
+        return None
+    given = starting_network(config.initial_checkpoint).config
+    if given.head is Head.NONE:
+        msg = f"initial_checkpoint: {config.initial_checkpoint}, has no ranking head; synthetic particles fine-tune a ranker"
+        raise ValueError(msg)
+    return given
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,7 +235,10 @@ def fit(
     if len(training) < config.batch_size:
         msg = f"batch_size: {config.batch_size}, must not be larger than the data ({len(training)} images)"
         raise ValueError(msg)
-    model = initial_model(config, model_config).to(workers.device)
+    model = initial_model(config, model_config)
+    if config.initial_checkpoint is not None and is_exported(config.initial_checkpoint):
+        settle_norms(model, training.grey[:: max(1, len(training) // _SETTLING_IMAGES)])
+    model = model.to(workers.device)
     generator = torch.Generator().manual_seed(config.seed)
     optimiser = build_optimiser(
         model, learning_rate=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.98)
@@ -289,8 +316,7 @@ def initial_model(config: TrainConfig, model_config: VitConfig) -> CryoVit:
         prepare_start(model)
     if config.initial_checkpoint is None:
         return model
-    loaded = load_checkpoint(Path(config.initial_checkpoint))
-    given = load_model(loaded.tensors, loaded.metadata.get("model")).model
+    given = starting_network(config.initial_checkpoint)
     weights = {key: value for key, value in given.state_dict().items() if not key.startswith("head.")}
     head = given if type(given.head) is type(model.head) else model
     weights |= {key: value for key, value in head.state_dict().items() if key.startswith("head.")}
