@@ -45,6 +45,8 @@ class VitConfig:
     mean: float = RELEASED_MEAN
     std: float = RELEASED_STD
     resize_mode: ResizeMode = "hartley"
+    stem_channels: tuple[int, ...] = ()
+    """Channels of the convolutions of stride 2 in place of the patch embedding (`stem.py`); none in the released networks."""
 
     def __post_init__(self) -> None:
         if self.input_size_px % self.patch_size_px:
@@ -55,16 +57,23 @@ class VitConfig:
         if self.width % self.n_heads or self.width % 4:
             msg = f"width: {self.width}, must be a multiple of 4 and of the number of heads ({self.n_heads})"
             raise ValueError(msg)
+        if self.stem_channels and 2 ** len(self.stem_channels) != self.patch_size_px:
+            msg = (
+                f"stem_channels: {list(self.stem_channels)}, must be one per halving of the patch"
+                f" ({self.patch_size_px} px)"
+            )
+            raise ValueError(msg)
 
     @property
     def architecture(self) -> str:
-        """A name such as `vit-w768-d12-h12-p14-224-v1.5`, which goes into exported files."""
-        size = f"w{self.width}-d{self.depth}-h{self.n_heads}-p{self.patch_size_px}-{self.input_size_px}"
+        """A name such as `vit-w768-d12-h12-p14-224-v1.5`, which goes into exported files; a stem's channels follow the patch."""
+        stem = "".join(f"{'s' if i == 0 else '.'}{c}" for i, c in enumerate(self.stem_channels))
+        size = f"w{self.width}-d{self.depth}-h{self.n_heads}-p{self.patch_size_px}{stem}-{self.input_size_px}"
         return f"vit-{size}-{self.head.value}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return a plain dictionary, the inverse of `from_dict`."""
-        return {**asdict(self), "head": self.head.value}
+        return {**asdict(self), "head": self.head.value, "stem_channels": list(self.stem_channels)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> VitConfig:
@@ -73,7 +82,8 @@ class VitConfig:
         if unknown:
             msg = f"model: unknown keys {sorted(unknown)}, known are {sorted(cls.__dataclass_fields__)}"
             raise ValueError(msg)
-        return cls(**{**values, "head": Head(values.get("head", Head.SIGMOID1.value))})
+        head = Head(values.get("head", Head.SIGMOID1.value))
+        return cls(**{**values, "head": head, "stem_channels": tuple(values.get("stem_channels", ()))})
 
 
 SIZES: dict[str, VitConfig] = {
@@ -92,4 +102,5 @@ def vit_config(size: str, **changes: Any) -> VitConfig:  # noqa: ANN401 - the fi
     if size not in SIZES:
         msg = f"size: {size!r}, must be one of {sorted(SIZES)}"
         raise ValueError(msg)
-    return replace(SIZES[size], **changes)
+    channels = tuple(changes.pop("stem_channels", ()))
+    return replace(SIZES[size], **changes, stem_channels=channels)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from models.cryo_ief.config import Head
 from models.cryo_ief.exported_blocks import prune_last_block, refine_cls_token
+from models.cryo_ief.stem import ConvolutionalStem
 from models.cryo_ief.vit import CryoVit, TokenBatchNorm, unit_feature
 
 Precision = Literal["fp32", "fp16", "int8"]
@@ -82,11 +83,12 @@ class ExportedVit(nn.Module):
 
 
 def fold_batch_norm(model: CryoVit) -> CryoVit:
-    """Return a copy whose BatchNorms have gone into the MLPs' first layers: W·s and b + W·t.
+    """Return a copy whose BatchNorms have gone into the MLPs' first layers: W·s and b + W·t (and a stem's into its convolutions).
 
     In evaluation BatchNorm is x·s + t with s = γ/√(σ² + ε) and t = β − μ·s per channel, so this is the same function.
     """
     folded = copy.deepcopy(model).eval()
+    _fold_stem(folded)
     blocks: Any = folded.blocks  # timm's blocks have no types
     for block in blocks:
         norm, linear = block.norm2, block.mlp.fc1
@@ -101,6 +103,11 @@ def fold_batch_norm(model: CryoVit) -> CryoVit:
             linear.weight.copy_(weight * scale)
         block.norm2 = nn.Identity()
     return folded
+
+
+def _fold_stem(model: CryoVit) -> None:
+    if isinstance(model.patch_embed, ConvolutionalStem):
+        model.patch_embed = model.patch_embed.folded()
 
 
 def export_onnx(
@@ -184,6 +191,7 @@ def smooth_activations(model: CryoVit, particles: Float[Tensor, "b 1 s s"]) -> C
     maps, because folding them would give the products the raw residual stream. `particles` show the ranges.
     """
     smooth = copy.deepcopy(model).eval()
+    _fold_stem(smooth)
     blocks: Any = smooth.blocks  # timm's blocks have no types
     for block in blocks:
         norm = block.norm2

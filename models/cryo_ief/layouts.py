@@ -2,7 +2,7 @@
 
 Four layouts are known: CryoRanker v1 (`head.linear1` with two outputs), CryoRanker v1.5 (`head.norm` and
 `head.mlp_classifier.0`, no final norm), and Cryo-IEF with MoCo's `base_encoder.` prefix or bare. Sizes are read from the
-tensors' shapes. A file that covers a part of the network is refused with the keys that are missing or unknown:
+tensors' shapes; `patch_embed.convolutions` tell icestream's convolutional stem from a patch embedding. A file that covers a part of the network is refused with the keys that are missing or unknown:
 a silently half-loaded encoder gives plausible nonsense.
 """
 
@@ -80,6 +80,8 @@ def config_from_tensors(
         return config
     try:
         width, _, patch, _ = backbone["patch_embed.proj.weight"].shape
+        stem_channels = _stem_channels(backbone)
+        patch = 2 ** len(stem_channels) if stem_channels else patch
         grid = isqrt(backbone["pos_embed"].shape[1] - 1)
         hidden = backbone["blocks.0.mlp.fc1.weight"].shape[0]
     except (KeyError, ValueError) as error:
@@ -99,6 +101,7 @@ def config_from_tensors(
         head=_HEAD_OF[layout],
         mean=mean,
         std=std,
+        stem_channels=stem_channels,
     )
 
 
@@ -122,6 +125,14 @@ def load_model(tensors: Mapping[str, Tensor], written: Mapping[str, Any] | None 
         raise ValueError(msg)
     model.load_state_dict(given, strict=True)
     return LoadedModel(model=model.eval(), layout=layout)
+
+
+def _stem_channels(backbone: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """Return the channels of a convolutional stem, none where the keys are those of a patch embedding."""
+    channels = []
+    while (weight := backbone.get(f"patch_embed.convolutions.{len(channels)}.weight")) is not None:
+        channels.append(int(weight.shape[0]))
+    return tuple(channels)
 
 
 def _backbone_tensors(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, Tensor]:

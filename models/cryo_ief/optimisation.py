@@ -32,8 +32,17 @@ def prepare_start(model: CryoVit) -> None:
 
     The patch embedding's filters become a patch's 2-D cosines, lowest frequencies first and strongest: at the particles'
     signal-to-noise ratios a random filter sees noise alone. Linear layers get Xavier's scale, because the usual
-    0.02 leaves the branches of a narrow network nearly silent. Filters beyond the patch's pixels stay random.
+    0.02 leaves the branches of a narrow network nearly silent. Filters beyond the patch's pixels stay random, and so does a
+    convolutional stem.
     """
+    if not model.config.stem_channels:
+        _start_from_cosines(model)
+    for module in model.blocks.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+
+
+def _start_from_cosines(model: CryoVit) -> None:
     weight = model.patch_embed.get_parameter("proj.weight")
     width, _, patch, _ = weight.shape
     place, frequency = torch.arange(patch) + 0.5, torch.arange(patch)
@@ -45,6 +54,3 @@ def prepare_start(model: CryoVit) -> None:
     strength = 1.0 / (1.0 + radius[order] / 3.0)
     with torch.no_grad():
         weight[: len(filters), 0] = filters * strength[:, None, None]
-    for module in model.blocks.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)

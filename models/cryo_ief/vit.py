@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from models.cryo_ief.config import Head, VitConfig
+from models.cryo_ief.stem import ConvolutionalStem
 from models.cryo_ief.timm_door import load_timm
 from models.cryo_ief.workers import SharedBatchNorm
 
@@ -98,7 +99,10 @@ class CryoVit(nn.Module):
             block.norm2 = TokenBatchNorm(config.width, eps=_BATCH_NORM_EPS, momentum=0.1)
         # The parts are held directly, not under `vit.`, so that keys are those of the released files.
         self.cls_token = cast("nn.Parameter", vit.cls_token)
-        self.patch_embed: nn.Module = vit.patch_embed
+        channels = config.stem_channels
+        self.patch_embed: nn.Module = (
+            ConvolutionalStem(channels, config.width) if channels else vit.patch_embed
+        )
         self.blocks: nn.Sequential = vit.blocks
         self.norm: nn.Module = vit.norm
         position = sincos_position_embedding(config.input_size_px // config.patch_size_px, config.width)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from models.cryo_ief.config import ResizeMode
 from models.cryo_ief.preprocess import to_grey_levels
-from models.cryoranker.simulate import LabelledBoxes, simulate_boxes
+from models.cryoranker.simulate import MOST_JUNK, LabelledBoxes, simulate_boxes
 from models.cryoranker.specimen import render_pool, stretched, structure_named
 
 SIMULATION_VERSION = 2
@@ -46,6 +46,10 @@ class SimulatedSet:
     box_size_px: int | None = None
     n_views: int = 96
     n_fragments: int = 24
+    weak_part: float = 0.0
+    """Part of the fields with an SNR of 0.03-0.1, beside those that the whole range gives."""
+    most_junk: int = MOST_JUNK
+    """Aggregates tried in a field, and broken pieces: 0 to this many."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,7 +221,13 @@ def _fields(spec: SimulatedSet, index: int) -> Iterator[LabelledBoxes]:
         for shape in shapes
     ]
     return simulate_boxes(
-        pools, rng, n_fields=spec.fields_per_structure, snr=spec.snr, box_size_px=spec.box_size_px
+        pools,
+        rng,
+        n_fields=spec.fields_per_structure,
+        snr=spec.snr,
+        box_size_px=spec.box_size_px,
+        weak_part=spec.weak_part,
+        most_junk=spec.most_junk,
     )
 
 

@@ -32,7 +32,11 @@ OFFSET_GOOD = 0.08
 """Off-centre by less than this fraction of the diameter costs nothing: alignment absorbs it."""
 OFFSET_BAD = 0.30
 """Off-centre by this fraction of the diameter or more is a wrong pick."""
+MOST_JUNK = 2
+"""Aggregates tried in a field, and broken pieces: 0 to this many; those that come too near to a particle fall away."""
 _BOXES_PX = (64, 64, 72, 80, 96, 112, 128)
+_WEAK_SNR = (0.03, 0.1)
+"""Where most sessions' particles lie at the usual pixel sizes."""
 
 
 class Kind(IntEnum):
@@ -96,13 +100,20 @@ class LabelledBoxes:
 
 
 def draw_conditions(
-    rng: np.random.Generator, *, snr: float | None = None, box_size_px: int | None = None
+    rng: np.random.Generator,
+    *,
+    snr: float | None = None,
+    box_size_px: int | None = None,
+    weak_part: float = 0.0,
 ) -> FieldConditions:
     """Draw a field's conditions: defocus 0.5-3 µm, SNR 0.015-0.4 (log-uniform), box over diameter 1.2-2.1.
 
     One field in sixteen is far clearer (SNR up to 5): strong scatterers at low magnification, class averages.
+    `weak_part` of all fields have an SNR of 0.03-0.1 instead.
     """
     range_of_snr = (0.4, 5.0) if rng.random() < 1 / 16 else (0.015, 0.4)
+    if weak_part > 0.0 and rng.random() < weak_part:
+        range_of_snr = _WEAK_SNR
     voltage_kv, cs_mm = [(300.0, 2.7), (200.0, 2.7), (200.0, 1.4)][rng.integers(3)]
     return FieldConditions(
         box_size_px=int(rng.choice(_BOXES_PX)) if box_size_px is None else box_size_px,
@@ -130,16 +141,21 @@ def simulate_boxes(
     n_fields: int,
     snr: float | None = None,
     box_size_px: int | None = None,
+    weak_part: float = 0.0,
+    most_junk: int = MOST_JUNK,
 ) -> Iterator[LabelledBoxes]:
     """Yield the boxes of `n_fields` fields, each of one structure drawn from the pools."""
     for _ in range(n_fields):
         pool = pools[int(rng.integers(len(pools)))]
-        yield simulate_field(pool, draw_conditions(rng, snr=snr, box_size_px=box_size_px), rng)
+        conditions = draw_conditions(rng, snr=snr, box_size_px=box_size_px, weak_part=weak_part)
+        yield simulate_field(pool, conditions, rng, most_junk=most_junk)
 
 
-def simulate_field(pool: ViewPool, conditions: FieldConditions, rng: np.random.Generator) -> LabelledBoxes:
-    """Return the boxes cut from one field of the structure."""
-    return _Field(pool, conditions, rng).boxes()
+def simulate_field(
+    pool: ViewPool, conditions: FieldConditions, rng: np.random.Generator, *, most_junk: int = MOST_JUNK
+) -> LabelledBoxes:
+    """Return the boxes cut from one field of the structure; `most_junk` as in `SimulatedSet`."""
+    return _Field(pool, conditions, rng, most_junk).boxes()
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +169,10 @@ class _Pick:
 class _Field:
     """One field under construction: the object, what is where, and what its noise is."""
 
-    def __init__(self, pool: ViewPool, conditions: FieldConditions, rng: np.random.Generator) -> None:
-        self.pool, self.conditions, self.rng = pool, conditions, rng
+    def __init__(
+        self, pool: ViewPool, conditions: FieldConditions, rng: np.random.Generator, most_junk: int
+    ) -> None:
+        self.pool, self.conditions, self.rng, self.most_junk = pool, conditions, rng, most_junk
         self.torch_generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         self.diameter = conditions.diameter_px
         self.size = good_size(int(4.2 * self.diameter + conditions.box_size_px))
@@ -223,9 +241,9 @@ class _Field:
         self.peak = float((views * self.scale).amax(dim=(-2, -1)).mean())
 
     def _place_junk(self) -> None:
-        for _ in range(int(self.rng.integers(0, 3))):
+        for _ in range(int(self.rng.integers(0, self.most_junk + 1))):
             self._place_aggregate()
-        for _ in range(int(self.rng.integers(0, 3))):
+        for _ in range(int(self.rng.integers(0, self.most_junk + 1))):
             y, x = self.rng.uniform(0, self.size, 2)
             if self._clearance(y, x) > 1.0:
                 self._add(self._view(self.pool.fragments) * self.scale, y, x)

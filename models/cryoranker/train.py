@@ -37,6 +37,7 @@ from models.cryoranker.dataset import (
 )
 from models.cryoranker.losses import ALPHA, MARGIN, ranking_loss
 from models.cryoranker.metrics import ScoreQuality, score_quality
+from models.cryoranker.simulate import MOST_JUNK
 from models.cryoranker.starting import is_exported, settle_norms, starting_network
 from models.cryoranker.synthetic import SyntheticParticles, mix_sets, read_synthetic
 from models.weights import save_checkpoint
@@ -58,6 +59,10 @@ class DataConfig:
     n_validation_phantoms: int = 8
     fields_per_structure: int = 60
     n_shapes: int = 2
+    weak_part: float = 0.0
+    """Part of the training fields with an SNR of 0.03-0.1, beside those that the whole range gives."""
+    most_junk: int = MOST_JUNK
+    """Aggregates tried in a training field, and broken pieces: 0 to this many."""
     first_seed: int = 1000
     cache: str = "~/.cache/icestream/ranker"
     n_processes: int = 1
@@ -176,6 +181,8 @@ def load_data(config: TrainConfig, model_config: VitConfig) -> tuple[LabelledPar
         input_size_px=model_config.input_size_px,
         resize_mode=model_config.resize_mode,
         n_shapes=data.n_shapes,
+        weak_part=data.weak_part,
+        most_junk=data.most_junk,
     )
     validation_spec = replace(
         training_spec,
@@ -183,6 +190,8 @@ def load_data(config: TrainConfig, model_config: VitConfig) -> tuple[LabelledPar
         seed=config.seed + 1,
         fields_per_structure=max(1, min(data.fields_per_structure, 20)),
         n_shapes=1,
+        weak_part=0.0,
+        most_junk=MOST_JUNK,
     )
 
     def report(done: int, total: int) -> None:
