@@ -1,9 +1,9 @@
 """Generated, labelled micrographs as training data for a ranker.
 
 A folder of `icestream generate` knows where every particle is, which of them the border cuts and which overlap. Boxes are cut from its
-micrographs as a live session cuts them: good ones at the true centres, graded and bad ones off centre, bad ones on the
-background (half of them where the blob picker finds something) and on particles that are flagged. They are mixed into the
-simulated phantoms' boxes, so that what the ranker knows of other specimens is not forgotten.
+micrographs as a live session cuts them: good ones at the true centres, graded and bad ones off centre and on overlapping
+particles, bad ones on cut particles and on the background (half of them where the blob picker finds something). They are mixed
+into the simulated phantoms' boxes, so that what the ranker knows of other specimens is not forgotten.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ _BACKGROUND_DIAMETERS = 0.6
 _FARTHEST_OFFSET = 0.6
 _BACKGROUND_PER_GOOD = 0.7
 _TRIES = 40
+_CROWDED, _FREE = 0.45, 0.8
+"""Distance of the nearest particle in diameters at which a particle is worth nothing, and everything; as in `simulate.py`."""
 _BLOB_DIAMETERS = (0.6, 0.9)
 """A blob's diameter is that of a ball of the same projected area, below the greatest extent."""
 _LOWEST_BLOB_SCORE = 1.0
@@ -59,11 +61,11 @@ class SyntheticParticles:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KnownField:
-    """A micrograph (dark protein), its particles' centres (y, x), and which of them are whole and apart from others."""
+    """A micrograph (dark protein), its particles' centres (y, x), and the label of a box centred on each."""
 
     image: NDArray[np.float32]
     centres_yx_px: NDArray[np.float64]
-    is_whole: NDArray[np.bool_]
+    worth: NDArray[np.float64]
     diameter_px: float
 
 
@@ -100,21 +102,26 @@ def read_generated(folder: Path) -> Iterator[KnownField]:
     table = starfile.read(star, always_dict=True)["particles"]
     for name, rows in table.groupby("rlnMicrographName", sort=True):
         with mrcfile.open(folder / str(name), permissive=True) as file:
-            image = np.asarray(file.data, np.float32)
-        flags = rows[["icestreamBorder", "icestreamOverlap"]].to_numpy(np.int64)
-        yield KnownField(
-            image=image,
-            centres_yx_px=rows[["rlnCoordinateY", "rlnCoordinateX"]].to_numpy(np.float64),
-            is_whole=~flags.any(axis=1),
-            diameter_px=diameter_px,
-        )
+            image = np.array(file.data, np.float32)
+        is_cut, overlaps = (rows[c].to_numpy(bool) for c in ("icestreamBorder", "icestreamOverlap"))
+        centres = rows[["rlnCoordinateY", "rlnCoordinateX"]].to_numpy(np.float64)
+        worth = np.where(overlaps, freedom(centres, diameter_px), 1.0) * ~is_cut
+        yield KnownField(image=image, centres_yx_px=centres, worth=worth, diameter_px=diameter_px)
+
+
+def freedom(centres_yx_px: NDArray[np.float64], diameter_px: float) -> NDArray[np.float64]:
+    """Return 1 for particles whose nearest neighbour is far, 0 for those that it covers, in between by its distance."""
+    apart = np.linalg.norm(centres_yx_px[:, None] - centres_yx_px[None], axis=-1)
+    np.fill_diagonal(apart, np.inf)
+    clearance = apart.min(axis=1, initial=np.inf) / diameter_px
+    return np.asarray(np.clip((clearance - _CROWDED) / (_FREE - _CROWDED), 0.0, 1.0))
 
 
 def draw_places(field: KnownField, rng: np.random.Generator) -> Places:
     """Draw where boxes are cut: at every particle, off centre for every second one, and on the background.
 
-    Labels are those of the simulation: 1 within `OFFSET_GOOD` of the diameter from a whole particle's centre, falling to 0 at
-    `OFFSET_BAD`; 0 on particles that are cut or overlap and on the background.
+    Labels are those of the simulation: what the particle is worth within `OFFSET_GOOD` of the diameter from its centre, falling
+    to 0 at `OFFSET_BAD`; 0 on the background.
     """
     diameter, centres = field.diameter_px, field.centres_yx_px
     near = centres + _disc(rng, len(centres)) * OFFSET_GOOD * diameter
@@ -122,7 +129,9 @@ def draw_places(field: KnownField, rng: np.random.Generator) -> Places:
     turn = rng.uniform(0.0, 2.0 * math.pi, len(centres))
     far = rng.uniform(OFFSET_GOOD, _FARTHEST_OFFSET, len(centres)) * diameter
     moved = (centres + np.stack((np.sin(turn), np.cos(turn)), axis=1) * far[:, None])[is_moved]
-    background = _background(field, rng, math.ceil(_BACKGROUND_PER_GOOD * max(1, int(field.is_whole.sum()))))
+    background = _background(
+        field, rng, math.ceil(_BACKGROUND_PER_GOOD * max(1, int((field.worth > 0.0).sum())))
+    )
     places = np.concatenate((near, moved, background))
     labels, kinds = label_places(places, field)
     return Places(centres_yx_px=places, labels=labels, kinds=kinds)
@@ -137,10 +146,10 @@ def label_places(
         return np.zeros(n, np.float32), np.full(n, Kind.NOISE, np.int8)
     offsets = np.linalg.norm(places_yx_px[:, None] - field.centres_yx_px[None], axis=-1) / field.diameter_px
     nearest = offsets.argmin(axis=1)
-    offset, is_whole = offsets[np.arange(len(offsets)), nearest], field.is_whole[nearest]
-    labels = np.clip((OFFSET_BAD - offset) / (OFFSET_BAD - OFFSET_GOOD), 0.0, 1.0) * is_whole
+    offset, worth = offsets[np.arange(len(offsets)), nearest], field.worth[nearest]
+    labels = np.clip((OFFSET_BAD - offset) / (OFFSET_BAD - OFFSET_GOOD), 0.0, 1.0) * worth
     kinds = np.select(
-        (offset > _BACKGROUND_DIAMETERS, offset > OFFSET_GOOD, ~is_whole),
+        (offset > _BACKGROUND_DIAMETERS, offset > OFFSET_GOOD, worth < 1.0),
         (Kind.NOISE, Kind.OFF_CENTRE, Kind.CROWDED),
         Kind.PARTICLE,
     )
@@ -209,7 +218,7 @@ def blob_places(image: NDArray[np.float32], diameter_px: float) -> NDArray[np.fl
         threshold=_LOWEST_BLOB_SCORE,
     )
     # in units of the micrograph's own pixel
-    return np.asarray(pick_blobs(torch.from_numpy(image), 1.0, settings).centres_yx_px, dtype=np.float64)
+    return np.asarray(pick_blobs(torch.tensor(image), 1.0, settings).centres_yx_px, dtype=np.float64)
 
 
 def _background(field: KnownField, rng: np.random.Generator, n_wanted: int) -> NDArray[np.float64]:

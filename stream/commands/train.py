@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import models.cryoranker
 from stream.commands.common import AsJson, console, print_json
+from stream.records.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from actors.jobs.launch import TrainingJob
 
+_SYNTHETIC_CONFIG = Path(models.cryoranker.__file__).with_name("synthetic.yaml")
 train_app = typer.Typer(help="Train a model from a YAML configuration.", no_args_is_help=True)
 
 Out = Annotated[
@@ -45,20 +48,59 @@ def train_cryo_ief(
 
 @train_app.command("cryoranker")
 def train_cryoranker(
-    config: Annotated[Path, typer.Argument(help="Configuration (models/cryoranker/default.yaml is one).")],
+    config: Annotated[
+        Path | None,
+        typer.Argument(
+            help="Configuration (models/cryoranker/default.yaml is one; synthetic.yaml there is taken with --synthetic)."
+        ),
+    ] = None,
+    synthetic: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder of `icestream generate`, mixed in; goes on from the shipped ranker if no other is named."
+        ),
+    ] = None,
+    synthetic_part: Annotated[
+        float | None,
+        typer.Option(
+            help="With --synthetic: the part of the training images that is generated; 0.5 by default."
+        ),
+    ] = None,
+    held_out: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --synthetic: a session with truth/particles.star that no training saw; its picks are judged before and after."
+        ),
+    ] = None,
     out: Out = Path("training"),
     seed: Seed = None,
     as_json: AsJson = False,
 ) -> None:
     """Train a ranker on simulated particles and junk: L_MR + L_CE, the whole network.
 
-    `initial_checkpoint` in the configuration fine-tunes a Cryo-IEF encoder.
+    `initial_checkpoint` in the configuration fine-tunes a Cryo-IEF encoder, or goes on from a ranker ("default": the shipped one).
+    With --synthetic, labelled particles that CryoGEM generated for a session are mixed in, and the table of the ranker's figures
+    before and after is printed and kept.
 
     Example: icestream train cryoranker models/cryoranker/default.yaml --out training/
-    """
-    from actors.jobs.cryoranker import read_job
 
-    _run(read_job(config, seed), out, as_json=as_json)
+    Example: icestream train cryoranker --synthetic synthetic/ --held-out other-session/ --out fine-tuned/
+    """
+    from actors.jobs.cryoranker import read_job, with_synthetic
+
+    if config is None and synthetic is None:
+        raise ConfigurationError("CONFIG", "a configuration, or --synthetic DIR, is given")
+    if synthetic is None and (held_out is not None or synthetic_part is not None):
+        raise ConfigurationError("--synthetic", "--held-out and --synthetic-part speak of --synthetic")
+    job = read_job(config or _SYNTHETIC_CONFIG, seed)
+    if synthetic is not None:
+        job = with_synthetic(job, synthetic, part=synthetic_part, held_out=held_out)
+    document = _run(job, out, as_json=as_json)
+    if not as_json and "effect" in document:
+        from actors.jobs.synthetic_effect import describe_effect
+
+        for line in describe_effect(document["effect"]):
+            typer.echo(line)
 
 
 @train_app.command("cryogem")
@@ -77,7 +119,7 @@ def train_cryogem(
     _run(read_job(config, seed), out, as_json=as_json)
 
 
-def _run(job: TrainingJob, out: Path, *, as_json: bool) -> None:
+def _run(job: TrainingJob, out: Path, *, as_json: bool) -> dict[str, Any]:
     from actors.jobs.launch import run_training
 
     with console.status("preparing data, then training"):
@@ -91,3 +133,4 @@ def _run(job: TrainingJob, out: Path, *, as_json: bool) -> None:
             f"{name} {value:.4g}" for name, value in document["metrics"].items() if isinstance(value, float)
         )
         console.print(f"{document['checkpoint']}: {figures}", highlight=False)
+    return document

@@ -17,6 +17,7 @@ from models.cryoranker.synthetic import (
     SyntheticParticles,
     cut_labelled,
     draw_places,
+    freedom,
     label_places,
     mix_sets,
     read_generated,
@@ -41,7 +42,7 @@ def field():
     return KnownField(
         image=image.astype(np.float32),
         centres_yx_px=centres,
-        is_whole=np.array([True, True, True, False, False, False]),
+        worth=np.array([1.0, 1.0, 1.0, 0.25, 0.25, 0.0]),
         diameter_px=20.0,
     )
 
@@ -49,14 +50,20 @@ def field():
 def test_labels_follow_the_nearest_particles_truth(field):
     near, off, wrong, far, spoiled = [40.5, 40.5], [40.0, 44.0], [40.0, 50.0], [75.0, 75.0], [120.0, 118.0]
     labels, kinds = label_places(np.array([near, off, wrong, far, spoiled]), field)
-    assert labels.tolist() == pytest.approx([1.0, (0.30 - 0.20) / 0.22, 0.0, 0.0, 0.0], abs=1e-6)
+    assert labels.tolist() == pytest.approx([1.0, (0.30 - 0.20) / 0.22, 0.0, 0.0, 0.25], abs=1e-6)
     assert kinds.tolist() == [Kind.PARTICLE, Kind.OFF_CENTRE, Kind.OFF_CENTRE, Kind.NOISE, Kind.CROWDED]
+
+
+def test_a_neighbour_makes_a_particle_worth_less_the_nearer_it_is():
+    pairs = np.array([[0.0, 0.0], [0.0, 9.0], [100.0, 0.0], [100.0, 12.5], [200.0, 0.0], [200.0, 17.0]])
+    assert freedom(pairs, 20.0).tolist() == pytest.approx([0.0, 0.0, 0.5, 0.5, 1.0, 1.0])
+    assert freedom(pairs[:1], 20.0).tolist() == [1.0]
 
 
 def test_places_hold_every_particle_and_background_without_one(field):
     places = draw_places(field, np.random.default_rng(3))
     n = len(field.centres_yx_px)
-    assert places.labels[:n].tolist() == field.is_whole.astype(float).tolist()
+    assert places.labels[:n].tolist() == field.worth.tolist()
     background = places.centres_yx_px[places.kinds == Kind.NOISE]
     apart = np.linalg.norm(background[:, None] - field.centres_yx_px[None], axis=-1)
     assert len(background) >= 2
