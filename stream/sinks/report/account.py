@@ -75,7 +75,7 @@ def draw_particles(facts: ReportFacts) -> Html:
             )
         )
     ]
-    head = ["particles", "in exposures in use", "rejected or in quarantine", "all"]
+    head = ["particles", "in use", "not in use", "all"]
     funnel = table(head, rows, numbers=(1, 2, 3))
     return tag("div", funnel, _draw_scores(facts), class_="pair")
 
@@ -135,7 +135,7 @@ def draw_quarantine(facts: ReportFacts) -> Html:
     rows = []
     for exposure in held[:MAX_ROWS]:
         rule, value = split_reason(exposure)
-        rows.append([exposure.path, tag("span", rule, class_="words"), value])
+        rows.append([tag("div", exposure.path, class_="path"), tag("div", rule, class_="words"), value])
     note = tag("p", _say_rows(len(held), "files") + ". A file is taken again when it changes.")
     return join([note, table(["file", "rule", "found"], rows)])
 

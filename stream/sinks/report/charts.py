@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from stream.sinks.report.markup import Child, Html, tag
 
-LEFT_PX, RIGHT_PX, TOP_PX, BOTTOM_PX = 50.0, 10.0, 8.0, 32.0
+LEFT_PX, RIGHT_PX, TOP_PX, BOTTOM_PX = 50.0, 18.0, 8.0, 32.0
 """Room for the labels of ticks."""
 
 Point = tuple[float, float]
@@ -156,8 +156,8 @@ class Canvas:
 
 def linear_axis(low: float, high: float, label: str = "", *, n_ticks: int = 4) -> Axis:
     """Return an axis from `low` to `high` with round ticks."""
-    if high <= low:
-        half = max(abs(low), 1.0) * 0.05
+    if high - low <= 1e-6 * max(abs(low), abs(high)):
+        half = 0.05 * (max(abs(low), abs(high)) or 1.0)
         low, high = low - half, high + half
     step = _round_step((high - low) / n_ticks)
     first = math.ceil(low / step - 1e-9)

@@ -81,7 +81,7 @@ def number(value: float | None, decimals: int = 2, unit: str = "") -> str:
     """Return a number in words, `NOTHING` where it is not known."""
     if value is None or not math.isfinite(value):
         return NOTHING
-    return f"{value:,.{decimals}f}{unit}"
+    return f"{value:,.{decimals}f}{unit}".replace("-", "−")
 
 
 _VOID = frozenset({"img", "meta", "br"})

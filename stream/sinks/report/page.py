@@ -9,7 +9,7 @@ from stream.records.errors import ResourceError
 from stream.sinks.report.account import draw_exposures, draw_particles, draw_quarantine, draw_trends
 from stream.sinks.report.facts import ReportFacts, RunFacts, SessionState
 from stream.sinks.report.markup import Child, Html, join, table, tag
-from stream.sinks.report.result import compose_verdict, draw_advice, draw_map, draw_tiles
+from stream.sinks.report.result import compose_verdict, draw_advice, draw_growth, draw_map, draw_tiles
 from stream.sinks.report.run_files import RunFiles, read_run
 from stream.sinks.report.story import draw_persons_words, draw_runs, draw_story, when
 from stream.sinks.report.style import CSS
@@ -25,11 +25,11 @@ _STATE_WORDS = {
     SessionState.STOPPED: "stopped: no service runs here",
 }
 _FILES = {
-    "export/particles.star": "particles in use, with the accepted map's poses (RELION)",
+    "export/particles.star": "scored particles; with an accepted map those that it used, with poses (RELION)",
     "export/particles.cs": "the same (CryoSPARC)",
     "export/all_particles.star": "every particle, scored or not",
     "export/micrographs.star": "micrographs with their CTF fits",
-    "map.mrc": "the map, filtered and sharpened",
+    "map.mrc": "the map: both halves, weighted by the FSC, sharpened where it is fine enough",
     "half1.mrc": "unfiltered half map",
     "half2.mrc": "unfiltered half map",
     "mask.mrc": "the mask of the FSC",
@@ -64,14 +64,14 @@ def render(facts: ReportFacts) -> Html:
     title = f"{facts.out.resolve().name}: icestream session report"
     sections = (
         ("map", "Map", draw_map(facts, files)),
-        ("exposures", "Exposures and particles", join([draw_exposures(facts), draw_particles(facts)])),
+        ("exposures", "Exposures and particles", [draw_exposures(facts), draw_particles(facts)]),
         ("trends", "Over the session", draw_trends(facts)),
-        ("runs", "Runs", draw_runs(facts)),
-        ("decisions", "Decisions, in order", draw_story(facts)),
+        ("runs", "Runs", draw_runs(facts, draw_growth(facts, files))),
+        ("decisions", "Decisions", draw_story(facts)),
         ("words", "Decided by hand", draw_persons_words(facts)),
         ("quarantine", "Quarantine", draw_quarantine(facts)),
-        ("settings", "Microscope, model, settings", _draw_settings(facts, files)),
-        ("again", "How to reproduce", _draw_again(facts, run)),
+        ("settings", "Settings", _draw_settings(facts, files)),
+        ("again", "Files, and how to reproduce", _draw_again(facts, run)),
     )
     body = tag(
         "body",
@@ -99,13 +99,13 @@ def _draw_head(facts: ReportFacts) -> Html:
     return join(
         [
             tag("header", tag("h1", facts.out.resolve().name), pill),
-            tag("p", " · ".join(_list_spans(facts)), class_="soft"),
+            tag("p", " · ".join(_list_spans(facts)), class_="soft spans"),
         ]
     )
 
 
 def _list_spans(facts: ReportFacts) -> Iterator[str]:
-    yield f"from {facts.source}"
+    yield f"{facts.out.resolve()}, from {facts.source}"
     if facts.first_at is not None and facts.last_at is not None:
         first, last = when(facts.first_at), when(facts.last_at)
         end = f"{last:%H:%M}" if first.date() == last.date() else f"{last:%Y-%m-%d %H:%M}"
@@ -146,23 +146,22 @@ def _draw_settings(facts: ReportFacts, files: RunFiles | None) -> Html:
 
 
 def _draw_again(facts: ReportFacts, run: RunFacts | None) -> Html:
-    words = (
-        "Save the configuration below, give it another out, and run icestream reprocess on it: the same stages, the same "
-        "decisions, whatever the order in which the files arrived."
-    )
     files = list(_list_files(facts.out, run))
     listed = (
         table(["file", "size", "holds"], files, numbers=(1,))
         if files
-        else tag("p", "Nothing is written yet.", class_="soft")
+        else tag("p", "Nothing is exported yet.", class_="soft")
+    )
+    words = (
+        "Save the configuration below as again.yaml, give it another out, and run: icestream reprocess again.yaml. What was "
+        "decided by hand is not part of it."
     )
     return join(
         [
+            tag("p", f"Files below {facts.out.resolve()}:"),
+            listed,
             tag("p", words),
             tag("details", tag("summary", "Configuration as used"), tag("pre", facts.session_yaml)),
-            tag("h3", "Files"),
-            tag("p", f"Below {facts.out.resolve()}", class_="soft"),
-            listed,
         ]
     )
 

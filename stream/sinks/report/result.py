@@ -18,9 +18,14 @@ _LINES = {"corrected": "a thick", "unmasked": "c", "masked": "b", "phase-randomi
 
 def compose_verdict(facts: ReportFacts) -> str:
     """Say in a sentence or two what the session gave."""
+    in_work = [run for run in facts.runs if run.state == "running"]
+    is_going_on = bool(in_work) and facts.state is SessionState.RUNNING
+    then = (
+        f" {in_work[-1].run_id} is in work on {in_work[-1].n_particles:,} particles." if is_going_on else ""
+    )
     accepted = facts.accepted
     if accepted is not None:
-        return _praise(accepted, facts.advice)
+        return _praise(accepted, facts.advice) + then
     if not facts.exposures:
         return "No exposure has arrived yet."
     if not any(facts.n_by_state.get(state) for state in ("waiting", "in_work", "done")):
@@ -28,14 +33,8 @@ def compose_verdict(facts: ReportFacts) -> str:
     ended = [run for run in facts.runs if run.verdict]
     if ended:
         last = ended[-1]
-        return f"No map is accepted. {last.run_id}, {last.n_particles:,} particles: {last.verdict}."
-    in_work = [run for run in facts.runs if run.state == "running"]
-    so_far = f"{facts.n_above_threshold:,} particles score above {facts.score_threshold:g}"
-    if in_work and facts.state is SessionState.RUNNING:
-        return (
-            f"No map yet: {in_work[-1].run_id} is in work on {in_work[-1].n_particles:,} particles. {so_far}."
-        )
-    return f"No map yet: {so_far}."
+        return f"No map is accepted. {last.run_id}, {last.n_particles:,} particles: {last.verdict}.{then}"
+    return f"No map yet: {facts.n_above_threshold:,} particles score above {facts.score_threshold:g}.{then}"
 
 
 def _praise(run: RunFacts, advice: Sequence[Advice]) -> str:
@@ -83,7 +82,7 @@ def _list_run_tiles(run: RunFacts, files: RunFiles | None, facts: ReportFacts) -
     if "b_factor_angstrom2" in summary:
         growth = summary.get("growth_b_factor_angstrom2")
         more = "" if growth is None else f"; from the number of particles {growth:.0f} Å²"
-        yield f"{summary['b_factor_angstrom2']:.0f} Å²", f"B factor of the map (Guinier){more}"
+        yield number(summary["b_factor_angstrom2"], 0, " Å²"), f"B factor of the map (Guinier){more}"
     if "local_median" in summary:
         span = f"{number(summary.get('local_p10'), 1)} to {number(summary.get('local_p90'), 1)} Å"
         yield number(summary["local_median"], 1, " Å"), f"local resolution, median; 10 to 90 %: {span}"
@@ -99,7 +98,7 @@ def _list_forecast(advice: Sequence[Advice]) -> Iterator[tuple[str, str]]:
         low, high = item.numbers.get("gain_low_angstrom"), item.numbers.get("gain_high_angstrom")
         factor, n = item.numbers.get("factor"), item.numbers.get("n_particles")
         yield (
-            f"−{gain:.2f} Å",
+            number(-gain, 2, " Å") if gain >= 0.005 else "0 Å",
             f"predicted with {number(factor, 1)} times {number(n, 0)} particles; "
             f"95 % interval {number(low)} to {number(high)} Å",
         )
@@ -148,19 +147,19 @@ def draw_map(facts: ReportFacts, files: RunFiles | None) -> Html:
     notes = f" {run.note[0].upper()}{run.note[1:]}." if run.note else ""
     figures = [
         _draw_picture(files.map_picture),
-        join([_draw_fsc(files, run), _draw_growth(facts, files)]),
-        _draw_picture(files.orientation_picture),
-        _draw_picture(files.local_resolution_picture),
+        _draw_fsc(files, run),
+        _draw_picture(files.orientation_picture, "wide"),
+        _draw_picture(files.local_resolution_picture, "wide"),
     ]
     faults = [tag("p", f"{run.folder}/{fault}", class_="soft") for fault in files.faults]
     return join([tag("p", which, notes), tag("div", figures, class_="pair"), faults])
 
 
-def _draw_picture(picture: Picture | None) -> Html | None:
+def _draw_picture(picture: Picture | None, class_: str | None = None) -> Html | None:
     if picture is None:
         return None
     image = tag("img", src=picture.uri, alt=picture.words)
-    return tag("figure", tag("figcaption", picture.words), image)
+    return tag("figure", tag("figcaption", picture.words), image, class_=class_)
 
 
 def _draw_fsc(files: RunFiles, run: RunFacts) -> Html | None:
@@ -172,7 +171,7 @@ def _draw_fsc(files: RunFiles, run: RunFacts) -> Html | None:
     canvas = Canvas(
         x=resolution_axis(k_max),
         y=Axis(low=-0.1, high=1.02, ticks=[(v, f"{v:g}") for v in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)]),
-        height_px=250.0,
+        height_px=345.0,
     )
     fan = None if files.fan is None else canvas.area(files.fan.low, files.fan.high, "a")
     lines = [canvas.line(curve, _LINES[name]) for name, curve in reversed(list(files.fsc.items()))]
@@ -180,21 +179,22 @@ def _draw_fsc(files: RunFiles, run: RunFacts) -> Html | None:
     d = run.resolution_angstrom
     crossing = None if d is None else canvas.vertical(1.0 / d, "threshold", f"{d:.2f} Å")
     plot = canvas.draw(fan, threshold, crossing, lines, title="Fourier shell correlation of the half maps")
-    keys = [(_LINES[name].split()[0], name) for name in files.fsc]
+    keys = [(_LINES[name], name) for name in files.fsc]
     legend = _legend([*keys, *([("area", "directions, least to greatest (conical FSC)")] if fan else [])])
     return tag("figure", tag("figcaption", "FSC of the half maps"), plot, legend)
 
 
-def _draw_growth(facts: ReportFacts, files: RunFiles) -> Html | None:
+def draw_growth(facts: ReportFacts, files: RunFiles | None) -> Html | None:
     """Draw resolution against particles: parts of the shown run, and every run of the session."""
     shown = facts.shown_run
     runs = [r for r in facts.runs if r.resolution_angstrom is not None and r.n_particles > 0]
-    parts: Curve = [(p.n_particles, p.resolution_angstrom) for p in files.growth]
+    growth, predictions = ((), {}) if files is None else (files.growth, files.predicted_at_2n)
+    parts: Curve = [(p.n_particles, p.resolution_angstrom) for p in growth]
     dots = [(float(r.n_particles), r.resolution_angstrom or math.nan) for r in runs]
     if len({n for n, _ in (*parts, *dots)}) < 2:
         return None
     end = max(parts, default=None)
-    predicted = [] if end is None else [(2.0 * end[0], d) for d in files.predicted_at_2n.values() if d > 0.0]
+    predicted = [] if end is None else [(2.0 * end[0], d) for d in predictions.values() if d > 0.0]
     everything = [*parts, *dots, *predicted]
     finest, coarsest = min(d for _, d in everything), max(d for _, d in everything)
     canvas = Canvas(

@@ -14,11 +14,11 @@ from typing import Any
 import starfile
 from PIL import Image
 
-MAX_PICTURE_BYTES = 3 * 2**20
-"""Larger pictures are left out, so that a report can be mailed."""
+MAX_PICTURE_BYTES = 2 * 2**20
+"""Larger pictures are left out: three of this size keep a report under 10 MB."""
 
 _THUMBNAIL_PX = 420
-_THUMBNAIL_GREYS = 48
+_THUMBNAIL_COLOURS = 64
 _FSC_COLUMNS = {
     "corrected": "rlnFourierShellCorrelationCorrected",
     "unmasked": "rlnFourierShellCorrelationUnmaskedMaps",
@@ -99,7 +99,8 @@ def read_thumbnail(path: Path) -> str | None:
     try:
         with Image.open(path) as image:
             image.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
-            small = image.convert("RGB").quantize(_THUMBNAIL_GREYS)
+            # an octree keeps the few coloured pixels of the picks, which a median cut would make grey
+            small = image.convert("RGB").quantize(_THUMBNAIL_COLOURS, method=Image.Quantize.FASTOCTREE)
             buffer = io.BytesIO()
             small.save(buffer, format="PNG", optimize=True)
     except (OSError, ValueError):

@@ -15,15 +15,16 @@ N_FIRST, N_LAST = 50, 350
 _COMPARE = "compare "
 
 
-def draw_runs(facts: ReportFacts) -> Html:
-    """Return every run with its figures and what was made of it, and what runs cost."""
+def draw_runs(facts: ReportFacts, growth: Html | None) -> Html:
+    """Return every run with its figures and what was made of it, what runs cost, and beside it the plot `growth`."""
     if not facts.runs:
         return tag("p", "No run was started yet.", class_="soft")
     head = ["run", "for", "particles", "Å", "cFAR", "null", "ratio", "SCF*", "state", "time", "verdict"]
     rows = [_run_row(run) for run in facts.runs[-MAX_RUNS:]]
     n = len(facts.runs)
     thinned = tag("p", f"The last {MAX_RUNS} of {n:,} runs.", class_="soft") if n > MAX_RUNS else None
-    return join([thinned, table(head, rows, numbers=(2, 3, 4, 5, 6, 7)), _draw_costs(facts)])
+    below = tag("div", tag("div", _draw_costs(facts)), growth, class_="pair")
+    return join([thinned, table(head, rows, numbers=(2, 3, 4, 5, 6, 7)), below])
 
 
 def _run_row(run: RunFacts) -> list[Child]:

@@ -18,6 +18,7 @@ h1{font-size:1.7rem;line-height:1.2;margin:0;overflow-wrap:anywhere}
 h2{font-size:1.15rem;margin:2.6rem 0 .7rem;padding-top:.7rem;border-top:1px solid var(--rule)}
 h3{font-size:.95rem;margin:1.4rem 0 .4rem}
 p{margin:.4rem 0;max-width:80ch;overflow-wrap:anywhere}
+.spans{max-width:none}
 .soft,figcaption{color:var(--soft)}
 figcaption strong{color:var(--ink)}
 header{display:flex;gap:.4rem 1rem;align-items:baseline;flex-wrap:wrap}
@@ -25,7 +26,7 @@ header{display:flex;gap:.4rem 1rem;align-items:baseline;flex-wrap:wrap}
 .pill.running{color:var(--a)}.pill.ended{color:var(--good)}.pill.stopped{color:var(--warn)}
 nav{font-size:.88rem;margin:.7rem 0 0}nav a{color:var(--a);margin-right:1rem;text-decoration:none}
 .verdict{font-size:1.2rem;line-height:1.4;margin:1.3rem 0 1rem}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(165px,1fr));gap:.7rem;margin:1rem 0}
+.tiles{display:grid;grid-template-columns:repeat(auto-fill,minmax(230px,1fr));gap:.7rem;margin:1rem 0}
 .tile{background:var(--sheet);border-radius:.5rem;padding:.7rem .9rem}
 .tile b{display:block;font-size:1.55rem;line-height:1.25;font-variant-numeric:tabular-nums;white-space:nowrap}
 .tile span{display:block;font-size:.8rem;color:var(--soft);line-height:1.35}
@@ -37,6 +38,7 @@ max-width:none;overflow-wrap:anywhere}
 .thirds{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,240px),1fr));gap:1rem}
 figure{margin:0;break-inside:avoid;min-width:0}
 figcaption{font-size:.85rem;margin-bottom:.3rem}
+figure.wide{grid-column:1/-1}
 figure img{width:100%;height:auto;background:#fff;border-radius:.4rem;padding:.4rem;display:block}
 figure img.micrograph{padding:0}
 .plot{width:100%;height:auto;display:block}
@@ -54,6 +56,7 @@ figure img.micrograph{padding:0}
 .legend{font-size:.82rem;color:var(--soft);display:flex;flex-wrap:wrap;gap:.1rem 1.1rem;margin:.2rem 0 0}
 .legend i{display:inline-block;width:1.1rem;height:.22rem;border-radius:.1rem;vertical-align:middle;margin-right:.35rem;
 background:var(--c)}
+.legend i.dashed{background:repeating-linear-gradient(90deg,var(--c) 0 .25rem,transparent .25rem .42rem)}
 .legend i.a{background:var(--a)}.legend i.b{background:var(--b)}.legend i.area{background:var(--a-area);height:.7rem}
 .legend i.dot{width:.6rem;height:.6rem;border-radius:50%}.legend i.accepted{background:var(--good)}
 .legend i.outlier{background:var(--bad)}
@@ -68,7 +71,7 @@ background:var(--c)}
 table{border-collapse:collapse;font-size:.86rem;margin:.4rem 0}
 th{text-align:left;font-weight:600;color:var(--soft);white-space:nowrap}
 th,td{padding:.28rem .9rem .28rem 0;border-bottom:1px solid var(--rule);vertical-align:top}
-td{overflow-wrap:anywhere}td.num,th.num{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
+.path,.words{overflow-wrap:anywhere}.path{min-width:16rem}td.num,th.num{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
 tr:has(.mark){background:var(--info-bg)}
 .mark{color:var(--good);font-weight:600;white-space:nowrap}
 .words{min-width:18rem;max-width:46rem}
@@ -81,9 +84,9 @@ footer{margin-top:3rem;font-size:.82rem;color:var(--soft)}
 :root{color-scheme:light;--paper:#fff;--sheet:#f4f4f4;--ink:#000;--soft:#444;--rule:#ccc;--grid:#e4e4e4;--a:#1f5fa8;
 --a-area:#1f5fa82e;--b:#d9822b;--c:#777;--good:#1d7f4e;--warn:#a15c00;--warn-bg:#fff;--bad:#b3262a;--info-bg:#fff}
 *{print-color-adjust:exact;-webkit-print-color-adjust:exact}
-body{max-width:none;padding:0;font-size:11px}nav{display:none}
+html{font-size:11px}body{max-width:none;padding:0;font-size:1rem}nav{display:none}h2{margin-top:1.6rem}
 h2{break-after:avoid}h3{break-after:avoid}tr,.tile,.note{break-inside:avoid}
-.pair{grid-template-columns:1fr 1fr;gap:.7rem}.words{min-width:0}.scroll{overflow:visible}
+.pair{grid-template-columns:1fr 1fr;gap:.7rem}.thirds{grid-template-columns:1fr 1fr 1fr}.words,.path{min-width:0}.scroll{overflow:visible}
 details::details-content{content-visibility:visible;height:auto}
 @page{margin:14mm}}
 """.strip()

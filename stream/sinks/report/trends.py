@@ -96,7 +96,7 @@ def find_spread(samples: Sequence[Sample], trend: Trend) -> Spread:
     middle = median(values)
     distances = [abs(v - middle) for v in values]
     sd = _SD_PER_MAD * median(distances) or 1.2533 * sum(distances) / len(distances)
-    if len(values) < _MIN_FOR_OUTLIERS or sd <= 0.0:
+    if len(values) < _MIN_FOR_OUTLIERS or sd <= 1e-6 * abs(middle):
         return Spread(middle=middle, sd=None, outliers=())
     outside = [
         s
@@ -122,9 +122,10 @@ def draw_trend(exposures: Sequence[ExposureFacts], trend: Trend) -> Html | None:
     spread = find_spread(samples, trend)
     low, high = _find_range(samples, spread)
     unit = f" / {trend.unit}" if trend.unit else ""
+    room = 0.05 * (high - low)
     canvas = Canvas(
         x=linear_axis(1, max(len(exposures), 2), "exposure, in the order of arrival", n_ticks=5),
-        y=linear_axis(low, high, n_ticks=3),
+        y=linear_axis(low - room, high + room, n_ticks=3),
         height_px=160.0,
     )
     named = spread.outliers[:N_NAMED]
@@ -139,7 +140,7 @@ def draw_trend(exposures: Sequence[ExposureFacts], trend: Trend) -> Html | None:
 def describe_thinning(n_exposures: int) -> str:
     """Say how the plots draw this many exposures."""
     if n_exposures <= MAX_DOTS:
-        return "Each dot is one exposure; pointing at it shows its name."
+        return "Each dot is one exposure (grey: rejected); pointing at it shows its name."
     size = _group_size(n_exposures)
     return (
         f"Neighbouring exposures are drawn together, up to {size:,} in a group: the line is their median, the area "
