@@ -98,8 +98,8 @@ def _list_forecast(advice: Sequence[Advice]) -> Iterator[tuple[str, str]]:
         low, high = item.numbers.get("gain_low_angstrom"), item.numbers.get("gain_high_angstrom")
         factor, n = item.numbers.get("factor"), item.numbers.get("n_particles")
         yield (
-            number(-gain, 2, " Å") if gain >= 0.005 else "0 Å",
-            f"predicted with {number(factor, 1)} times {number(n, 0)} particles; "
+            number(gain, 2, " Å"),
+            f"predicted gain with {factor or 0.0:.2g} times {number(n, 0)} particles; "
             f"95 % interval {number(low)} to {number(high)} Å",
         )
 
