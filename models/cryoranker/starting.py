@@ -1,9 +1,9 @@
 """The network that a fine-tuning starts from: a checkpoint, or the ranker that ships, read back from its ONNX file.
 
-An exported ranker has its BatchNorms folded into the MLPs and its weights as factors of products. Both are undone:
-weights are found by the names of the biases they are added to, and each BatchNorm comes back as the identity. Once it has the
-mean and variance of the data in front of it (`settle_norms`), it is the identity in evaluation and nearly so in training,
-where it would else take the batch's scale away.
+An exported ranker has its BatchNorms folded into the layers beside them and its weights as factors of products. Both are
+undone: weights are found by the names of the biases they are added to, and each BatchNorm comes back as the identity (in a
+convolutional stem with the convolution's bias). Once it has the mean and variance of the data in front of it (`settle_norms`), it
+does the same in evaluation and nearly so in training, where it would else take the batch's scale away.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from torch import Tensor
 from models.cryo_ief.config import VitConfig
 from models.cryo_ief.encode import encode_grey
 from models.cryo_ief.layouts import Layout, config_from_tensors, load_model
-from models.cryo_ief.vit import CryoVit, TokenBatchNorm
+from models.cryo_ief.stem import ImageBatchNorm
+from models.cryo_ief.vit import CryoVit
+from models.cryo_ief.workers import SharedBatchNorm
 from models.cryoranker.serve import DEFAULT_MODEL
 from models.weights import load_checkpoint
 
@@ -75,15 +77,15 @@ def network_from_onnx(path: Path) -> CryoVit:
 
 
 def settle_norms(model: CryoVit, grey: UInt8[NDArray[np.uint8], "n s s"]) -> None:
-    """Give each BatchNorm, the identity so far, the statistics of these images; in evaluation it stays the identity."""
-    blocks: Any = model.blocks  # timm's blocks have no types
-    norms: list[TokenBatchNorm] = [block.norm2 for block in blocks]
+    """Give each BatchNorm the statistics of these images, and the weights with which it stays the map that it was."""
+    norms = [module for module in model.modules() if isinstance(module, SharedBatchNorm)]
     sums = [[torch.zeros(norm.num_features, dtype=torch.float64) for _ in range(2)] for norm in norms]
     counts = [0] * len(norms)
 
     def watch(index: int) -> Any:  # noqa: ANN401 - a hook of torch's
         def add(_module: torch.nn.Module, given: tuple[Tensor, ...]) -> None:
-            rows = given[0].reshape(-1, given[0].shape[-1]).double()
+            values = given[0].movedim(1, -1) if isinstance(norms[index], ImageBatchNorm) else given[0]
+            rows = values.reshape(-1, values.shape[-1]).double()
             counts[index] += len(rows)
             sums[index][0] += rows.sum(dim=0)
             sums[index][1] += rows.square().sum(dim=0)
@@ -98,11 +100,13 @@ def settle_norms(model: CryoVit, grey: UInt8[NDArray[np.uint8], "n s s"]) -> Non
         for norm, (first, second), n in zip(norms, sums, counts, strict=True):
             mean = first / n
             variance = (second / n - mean.square()).clamp_min(0.0)
+            before = {name: value.double() for name, value in norm.state_dict().items()}
+            scale = before["weight"] / torch.sqrt(before["running_var"] + norm.eps)
             state = {
                 "running_mean": mean,
                 "running_var": variance,
-                "weight": torch.sqrt(variance + norm.eps),
-                "bias": mean,
+                "weight": scale * torch.sqrt(variance + norm.eps),
+                "bias": before["bias"] + (mean - before["running_mean"]) * scale,
             }
             for name, value in state.items():
                 getattr(norm, name).copy_(value)
@@ -147,13 +151,18 @@ def _unpruned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _with_identity_norms(tensors: dict[str, Tensor], config: VitConfig) -> dict[str, Tensor]:
-    blank = CryoVit(config)
-    norms = {name: value.clone() for name, value in blank.state_dict().items() if ".norm2." in name}
-    blocks: Any = blank.blocks  # timm's blocks have no types
-    for name in norms:
-        if name.endswith("running_var"):
-            norms[name] -= blocks[0].norm2.eps  # so that the square root is 1
-    return tensors | norms
+    norms: dict[str, Tensor] = {}
+    for place, module in CryoVit(config).named_modules():
+        if isinstance(module, SharedBatchNorm):
+            norms |= {f"{place}.{name}": value for name, value in module.state_dict().items()}
+            norms[f"{place}.running_var"] -= module.eps  # so that the square root is 1
+    biases = {name: name.replace(".convolutions.", ".norms.") for name in tensors if _is_of_stem(name)}
+    kept = {name: value for name, value in tensors.items() if name not in biases}
+    return kept | norms | {norm: tensors[name] for name, norm in biases.items()}
+
+
+def _is_of_stem(name: str) -> bool:
+    return ".convolutions." in name and name.endswith(".bias")
 
 
 def _n_heads(architecture: str) -> int:

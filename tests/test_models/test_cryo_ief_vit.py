@@ -1,5 +1,7 @@
 """The Vision Transformer is the released one: same keys, same values from the same weights."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ import torch
 from models.cryo_ief.config import Head, VitConfig, vit_config
 from models.cryo_ief.layouts import Layout, detect_layout, load_model
 from models.cryo_ief.preprocess import preprocess_particles
+from models.cryo_ief.stem import ConvolutionalStem
 from models.cryo_ief.vit import CryoVit, TokenBatchNorm, sincos_position_embedding, unit_feature
 
 TINY = {"input_size_px": 32, "patch_size_px": 8, "width": 96, "depth": 2, "n_heads": 3}
@@ -121,6 +124,43 @@ def test_ranker_layout_is_detected_and_loaded_from_shapes(head, layout):
         torch.testing.assert_close(found.model(particles), model(particles))
 
 
+def test_a_stem_gives_one_token_per_patch_and_is_read_back_from_its_keys():
+    model = CryoVit(VitConfig(**TINY, head=Head.SOFTMAX2, stem_channels=(4, 8, 16))).eval()
+    particles = torch.randn((2, 1, 32, 32), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        assert model.patch_embed(particles).shape == (2, 16, 96)
+        found = load_model(model.state_dict())
+        assert found.model.config == model.config
+        torch.testing.assert_close(found.model(particles), model(particles))
+
+
+def test_a_stems_tokens_are_in_the_order_of_the_position_embedding():
+    """A bright spot in the image's third row and first column of patches moves that row's first token the most."""
+    stem = CryoVit(VitConfig(**TINY, stem_channels=(4, 8, 16))).eval().patch_embed
+    particles = torch.zeros(1, 1, 32, 32)
+    spot = particles.clone()
+    spot[..., 18:22, 2:6] = 1.0
+    with torch.inference_mode():
+        change = (stem(spot) - stem(particles)).norm(dim=-1)[0]
+    assert int(change.argmax()) == 2 * 4 + 0
+
+
+def test_a_folded_stem_is_the_same_function():
+    stem = ConvolutionalStem((4, 8), 12)
+    particles = torch.randn((16, 1, 16, 16), generator=torch.Generator().manual_seed(2)) + 0.5
+    stem.train()(particles)  # statistics other than the initial ones
+    with torch.no_grad():
+        stem.norms[0].bias += 0.3
+    stem.eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(stem.folded()(particles), stem(particles), atol=1e-5, rtol=1e-4)
+
+
+def test_a_stem_that_does_not_end_at_the_patch_is_refused():
+    with pytest.raises(ValueError, match=r"stem_channels: \[4, 8\]"):
+        VitConfig(**TINY, stem_channels=(4, 8))
+
+
 @pytest.mark.parametrize("prefix", ["", "base_encoder."])
 def test_cryo_ief_loads_bare_and_from_its_moco_prefix_without_companions(prefix):
     encoder = CryoVit(VitConfig(**TINY, head=Head.NONE)).eval()
@@ -170,8 +210,8 @@ def test_metadata_that_contradicts_the_keys_is_refused():
 
 
 def test_config_survives_its_dictionary_and_refuses_unknown_keys():
-    config = VitConfig(**TINY, head=Head.SOFTMAX2, mean=0.5)
-    assert VitConfig.from_dict(config.to_dict()) == config
+    config = VitConfig(**TINY, head=Head.SOFTMAX2, mean=0.5, stem_channels=(4, 8, 16))
+    assert VitConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     with pytest.raises(ValueError, match="depht"):
         VitConfig.from_dict({"depht": 3})
 

@@ -88,6 +88,30 @@ def test_signal_to_noise_ratio_is_what_was_asked_for(pool):
     assert float(noise.std()) == pytest.approx(0.05**-0.5, rel=0.25)
 
 
+def test_weak_part_draws_weak_fields_and_leaves_a_fixed_snr_alone():
+    def drawn(part, **fixed):
+        rng = np.random.default_rng(5)
+        return np.array([draw_conditions(rng, weak_part=part, **fixed).snr for _ in range(400)])
+
+    def is_weak(snr):
+        return float(((snr >= 0.03) & (snr <= 0.1)).mean())
+
+    assert is_weak(drawn(0.0)) == pytest.approx(np.log(0.1 / 0.03) / np.log(0.4 / 0.015), abs=0.08)
+    assert is_weak(drawn(1.0)) == 1.0
+    assert (drawn(0.5, snr=0.05) == 0.05).all()
+
+
+def test_more_junk_gives_more_aggregates_and_broken_pieces(pool):
+    def n_junk(most_junk):
+        rng = np.random.default_rng(6)
+        conditions = replace(draw_conditions(rng, box_size_px=64), spacing=2.2)
+        kinds = [simulate_field(pool, conditions, rng, most_junk=most_junk).kinds for _ in range(12)]
+        return int(np.isin(np.concatenate(kinds), [Kind.AGGREGATE, Kind.FRAGMENT]).sum())
+
+    assert n_junk(0) == 0
+    assert n_junk(6) > 1.5 * n_junk(2) > 0
+
+
 def test_plane_is_removed_from_the_background_and_the_rest_stays():
     axis = torch.arange(32, dtype=torch.float32)
     plane = 3.0 + 0.2 * axis[:, None] - 0.1 * axis[None, :]

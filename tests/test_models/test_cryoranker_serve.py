@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from models.cryo_ief.config import Head, VitConfig
+from models.cryo_ief.encode import encode_grey
 from models.cryo_ief.export import ExportedVit, export_onnx, fold_batch_norm, smooth_activations
 from models.cryo_ief.preprocess import preprocess_particles
 from models.cryo_ief.vit import CryoVit, unit_feature
 from models.cryoranker.serve import OnnxRanker
+from models.cryoranker.starting import network_from_onnx, settle_norms
 
 TINY = VitConfig(
     input_size_px=32, patch_size_px=8, width=96, depth=2, n_heads=3, head=Head.SOFTMAX2, mean=0.5, std=0.2
@@ -55,6 +57,28 @@ def test_folding_batch_norm_changes_no_output(model):
         torch.testing.assert_close(folded(particles), model(particles), atol=2e-5, rtol=1e-4)
     assert not any("norm2" in name for name in folded.state_dict())
     assert any("norm2" in name for name in model.state_dict())
+
+
+def test_a_network_with_a_stem_is_exported_folded_and_read_back(tmp_path):
+    model = random_model(replace(TINY, stem_channels=(4, 8, 16)))
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():  # equal constants would be stored once
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator) * parameter.requires_grad)
+        for norm in model.patch_embed.norms:
+            norm.running_mean.normal_(generator=generator)
+            norm.running_var.uniform_(0.5, 2.0, generator=generator)
+    path = tmp_path / "stem.onnx"
+    report = export_onnx(model, path, layout="cryoranker-v1", source_sha256="ab" * 32)
+    assert report.max_abs_score_diff < 1e-5
+    assert "BatchNormalization" not in {node.op_type for node in onnx.load(path).graph.node}
+    grey = np.random.default_rng(4).integers(0, 256, (32, 32, 32)).astype(np.uint8)
+    again = network_from_onnx(path)
+    wanted = encode_grey(model, grey).scores
+    np.testing.assert_allclose(encode_grey(again, grey).scores, wanted, atol=1e-5)
+    settle_norms(again, grey)
+    np.testing.assert_allclose(encode_grey(again, grey).scores, wanted, atol=1e-5)
+    assert float(again.patch_embed.norms[0].running_var.min()) != 1.0
 
 
 def test_smoothing_activations_changes_no_output_and_shares_the_channels_ranges(model):
