@@ -129,7 +129,7 @@ def load_model(tensors: Mapping[str, Tensor], written: Mapping[str, Any] | None 
 
 def _stem_channels(backbone: Mapping[str, Tensor]) -> tuple[int, ...]:
     """Return the channels of a convolutional stem, none where the keys are those of a patch embedding."""
-    channels = []
+    channels: list[int] = []
     while (weight := backbone.get(f"patch_embed.convolutions.{len(channels)}.weight")) is not None:
         channels.append(int(weight.shape[0]))
     return tuple(channels)

@@ -8,6 +8,7 @@ map per patch. The released layouts have none.
 from __future__ import annotations
 
 import copy
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -60,11 +61,11 @@ class ConvolutionalStem(nn.Module):
         folded = copy.deepcopy(self).eval()
         for index, (convolution, norm) in enumerate(zip(self.convolutions, self.norms, strict=True)):
             state = {name: value.double() for name, value in norm.state_dict().items()}
-            scale = state["weight"] / torch.sqrt(state["running_var"] + norm.eps)
-            plain = nn.Conv2d(convolution.in_channels, convolution.out_channels, 3, stride=2, padding=1)
-            with torch.no_grad():
-                plain.weight.copy_(convolution.weight.double() * scale[:, None, None, None])
-                plain.bias.copy_(state["bias"] - state["running_mean"] * scale)
+            scale = state["weight"] / torch.sqrt(state["running_var"] + cast("ImageBatchNorm", norm).eps)
+            weight = convolution.get_parameter("weight").double() * scale[:, None, None, None]
+            offset = state["bias"] - state["running_mean"] * scale
+            plain = nn.Conv2d(weight.shape[1], weight.shape[0], 3, stride=2, padding=1)
+            plain.load_state_dict({"weight": weight, "bias": offset})
             folded.convolutions[index] = plain
             folded.norms[index] = nn.Identity()
         return folded

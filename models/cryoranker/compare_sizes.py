@@ -49,6 +49,7 @@ class Candidate:
     width: int
     depth: int
     n_heads: int
+    stem_channels: tuple[int, ...] = ()
 
     @property
     def config(self) -> VitConfig:
@@ -59,18 +60,29 @@ class Candidate:
             width=self.width,
             depth=self.depth,
             n_heads=self.n_heads,
+            stem_channels=self.stem_channels,
             head=Head.SOFTMAX2,
         )
 
 
-def _shape(size: int, patch: int, width: int, depth: int, heads: int) -> Candidate:
-    return Candidate(input_size_px=size, patch_size_px=patch, width=width, depth=depth, n_heads=heads)
+def _shape(
+    size: int, patch: int, width: int, depth: int, heads: int, stem: tuple[int, ...] = ()
+) -> Candidate:
+    return Candidate(
+        input_size_px=size,
+        patch_size_px=patch,
+        width=width,
+        depth=depth,
+        n_heads=heads,
+        stem_channels=stem,
+    )
 
 
 CANDIDATES = (
     _shape(64, 8, 128, 4, 4),
     _shape(64, 16, 128, 4, 4),
     _shape(48, 8, 128, 4, 4),
+    _shape(48, 8, 128, 4, 4, (32, 64, 128)),
     _shape(96, 12, 128, 4, 4),
     _shape(64, 8, 128, 6, 4),
 )
@@ -178,6 +190,7 @@ def main() -> None:
     )
     parser.add_argument("--models", type=Path, required=True, help="folder of PDB/mmCIF files")
     parser.add_argument("--cpu-seconds", type=float, default=30.0, help="CPU time of each training")
+    parser.add_argument("--input-size", type=int, help="train the candidates of this input size alone")
     parser.add_argument("--snr", type=float, default=0.05)
     parser.add_argument("--cache", type=Path, default=Path("~/.cache/icestream/ranker"))
     given = parser.parse_args()
@@ -186,7 +199,10 @@ def main() -> None:
     specs = held_out_specs(given.models, [given.snr], [64, 128])
     found = held_out_sets(specs, given.cache.expanduser())
     held_out = {spec.box_size_px: boxes for spec, boxes in zip(specs, found, strict=True)}
-    rows = compare(CANDIDATES, held_out, cpu_seconds=given.cpu_seconds)
+    chosen = tuple(c for c in CANDIDATES if given.input_size in (None, c.input_size_px))
+    if not chosen:
+        parser.error(f"--input-size: {given.input_size}, no candidate has it")
+    rows = compare(chosen, held_out, cpu_seconds=given.cpu_seconds)
     sys.stdout.write(json.dumps(rows, indent=1) + "\n")
 
 
