@@ -35,6 +35,7 @@ from stream.store.journal import Journal
 from stream.store.layout import OutputLayout
 from stream.telemetry.logs import get_logger
 from stream.telemetry.metrics import Snapshot, Telemetry, Volume
+from stream.training_job import TrainingRunner
 
 log = get_logger(__name__)
 
@@ -76,6 +77,7 @@ class Service:
         source: Source,
         runtime: Runtime,
         telemetry: Telemetry,
+        trainer: TrainingRunner | None = None,
         clock: Callable[[], float] = time.time,
         on_event: Callable[[Event], None] | None = None,
     ) -> None:
@@ -85,6 +87,7 @@ class Service:
         self._source = source
         self._runtime = runtime
         self._telemetry = telemetry
+        self._trainer = trainer
         self._clock = clock
         self._on_event = on_event
         self._inbox = Inbox(OutputLayout(settings.out).inbox)
@@ -114,6 +117,8 @@ class Service:
         if now >= self._next_inbox_check:
             self._next_inbox_check = now + INBOX_CHECK_INTERVAL_S
             take_inbox(self._inbox, self.controller, now, lambda event: self._take([event]))
+            if self._trainer is not None:
+                self._take(self._trainer.poll(now, self.controller))
         if now >= self._next_snapshot:
             self._next_snapshot = now + SNAPSHOT_INTERVAL_S
             self._telemetry.set_gauges(self._snapshot())
@@ -142,6 +147,8 @@ class Service:
         """Stop everything; the journal stays whole whatever is in work."""
         self._telemetry.set_gauges(self._snapshot())
         self._source.close()
+        if self._trainer is not None:
+            self._trainer.close()
         self._runtime.close()
         self._telemetry.close()
         self._journal.close()

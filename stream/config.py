@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -18,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from models.cryoranker.providers import ProviderChoice
 from stream.control.advice import AdviceSettings
 from stream.control.settings import ControllerSettings, RunPolicy
+from stream.control.training import TrainingPolicy
 from stream.records.errors import ConfigurationError
 from stream.records.values import Optics, QualityLimits, SweepPolicy
 from stream.store.yaml_files import read_mapping
@@ -269,6 +271,35 @@ class AdviceChoice(_Section):
     planned_exposures: Annotated[int, Field(ge=1)] | None = None
 
 
+class CryogemChoice(_Section):
+    """CryoGEM trained on the session beside its live stages, once a person says so; without `cpus` it is not offered.
+
+    `cpus` cores are those that `runtime.preprocess_workers` leaves; `gpu` is the number of a GPU of its own. `config` is a
+    training's YAML file for its sizes, those of the paper by default; its `source.session` is this session whatever it says.
+    """
+
+    min_micrographs: Annotated[int, Field(ge=2)] = 100
+    cpus: Annotated[int, Field(ge=0, le=256)] = 0
+    gpu: Annotated[int, Field(ge=0, le=64)] | None = None
+    config: Path | None = None
+
+    def policy(self, preprocess_workers: int | None) -> TrainingPolicy:
+        """Return when it is offered, and why there is no place for it beside so many workers."""
+        return TrainingPolicy(
+            min_micrographs=self.min_micrographs, no_place=self._find_no_place(preprocess_workers)
+        )
+
+    def _find_no_place(self, preprocess_workers: int | None) -> str | None:
+        if self.cpus == 0:
+            return TrainingPolicy().no_place
+        if preprocess_workers is None:
+            return "preprocessing has every core; runtime.preprocess_workers is to leave cryogem.cpus of them"
+        n_cores = len(os.sched_getaffinity(0))
+        if preprocess_workers + self.cpus > n_cores:
+            return f"{preprocess_workers} preprocessing workers and {self.cpus} cores for it are more than the {n_cores} there are"
+        return None
+
+
 class EngineChoice(_Section):
     """Which engine reconstructs, and with what."""
 
@@ -320,6 +351,7 @@ class SessionSettings(_Section):
     policy: PolicySettings = PolicySettings()
     engine: EngineChoice = EngineChoice()
     advice: AdviceChoice = AdviceChoice()
+    cryogem: CryogemChoice = CryogemChoice()
     runtime: RuntimeSettings = RuntimeSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
 
@@ -366,6 +398,7 @@ class SessionSettings(_Section):
             is_picking_by_template=self.particle.picker == "template-after-map",
             template_min_resolution_angstrom=self.particle.template_min_resolution_angstrom,
             advice=AdviceSettings(**self.advice.model_dump()),
+            training=self.cryogem.policy(self.runtime.preprocess_workers),
         )
 
     def to_yaml(self) -> str:
@@ -488,6 +521,7 @@ def _anchor_paths(settings: SessionSettings, folder: Path) -> SessionSettings:
                 update={"gain": anchor(settings.acquisition.gain)}
             ),
             "ranker": settings.ranker.model_copy(update={"model": anchor(settings.ranker.model)}),
+            "cryogem": settings.cryogem.model_copy(update={"config": anchor(settings.cryogem.config)}),
             "particle": settings.particle.model_copy(
                 update={
                     "topaz_executable": anchor_program(settings.particle.topaz_executable),

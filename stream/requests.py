@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from stream.config import parse_engine_choice, parse_limits, parse_score_threshold
 from stream.control.controller import Controller
+from stream.control.exposures import ExposureState
 from stream.control.runs import RunRecord
 from stream.control.wishes import LimitsChange, OverruleChange
 from stream.records.errors import ConfigurationError, IcestreamError, InputError
@@ -65,6 +66,13 @@ def _check_wish(wish: Wish, controller: Controller) -> None:
             parse_engine_choice({k: v for k, v in given.items() if v is not None}, item="decide")
         case WishKind.SET_SCORE_THRESHOLD if wish.score_threshold is not None:
             parse_score_threshold(wish.score_threshold, item="decide")
+        case WishKind.TRAIN_CRYOGEM:
+            n_good = controller.n_by_state[ExposureState.DONE]
+            refusal = controller.training.find_refusal(n_good, controller.best_run)
+            if refusal is None and controller.training.find_wanted(controller.wishes) is not None:
+                refusal = "one is running, or about to"
+            if refusal is not None:
+                raise ConfigurationError("--train-cryogem", refusal)
         case _:
             pass
 

@@ -63,6 +63,7 @@ def summarize(controller: Controller) -> dict[str, Any]:
             "residual": controller.gain_residual.mean,
         },
         "wishes": describe_wishes(controller),
+        "cryogem": _describe_training(controller),
         "advice": [
             {"kind": a.kind.value, "severity": a.severity.value, "words": a.words, "numbers": dict(a.numbers)}
             for a in advise_session(controller)
@@ -72,6 +73,16 @@ def summarize(controller: Controller) -> dict[str, Any]:
             {"at": d.at, "what": d.what, "why": d.why}
             for d in list(controller.decisions)[-N_DECISIONS_SHOWN:]
         ],
+    }
+
+
+def _describe_training(controller: Controller) -> dict[str, Any]:
+    """Return where the training of CryoGEM stands, and why none can be started now."""
+    desk = controller.training
+    return {
+        "state": None if desk.state is None else desk.state.value,
+        "words": desk.words,
+        "refusal": desk.find_refusal(controller.n_by_state[ExposureState.DONE], controller.best_run),
     }
 
 

@@ -33,6 +33,7 @@ from stream.store.journal import Journal
 from stream.store.layout import OutputLayout
 from stream.telemetry.logs import get_logger
 from stream.telemetry.metrics import Telemetry
+from stream.training_job import TrainingRunner
 
 log = get_logger(__name__)
 
@@ -240,6 +241,7 @@ def open_service(
         source=source,
         runtime=runtime,
         telemetry=telemetry,
+        trainer=TrainingRunner(settings),
         on_event=on_event,
     )
     service.open()

@@ -82,6 +82,13 @@ def decide(
             help="Leave out exposures taken in this time, as 2026-03-01T14:00 (local, or with a zone).",
         ),
     ] = None,
+    train_cryogem: Annotated[
+        bool,
+        typer.Option(
+            "--train-cryogem",
+            help="Train CryoGEM on this session, beside its live stages (section cryogem of the configuration).",
+        ),
+    ] = False,
     undo: Annotated[
         list[str] | None, typer.Option(help="Take a decision back, by its id (repeatable).")
     ] = None,
@@ -107,6 +114,8 @@ def decide(
         wishes.append(Wish(kind=WishKind.EXCLUDE_TIME, window=parse_window(*exclude_time)))
     if run:
         wishes.append(Wish(kind=WishKind.FORCE_RUN))
+    if train_cryogem:
+        wishes.append(Wish(kind=WishKind.TRAIN_CRYOGEM))
     if not (wishes or exclude or list_all):
         raise ConfigurationError("decide", "it is told what to decide, or --list (see --help)")
     document = decide_session(OutputLayout(out), wishes, conditions=exclude or (), reason=reason)

@@ -74,6 +74,8 @@ def print_status(document: Mapping[str, Any]) -> None:
         )
     else:
         console.print("map        none accepted yet")
+    if document["cryogem"]["state"] is not None:
+        console.print(f"CryoGEM    {document['cryogem']['state']}: {escape(document['cryogem']['words'])}")
     for item in document["advice"]:
         colour = "yellow" if item["severity"] == "warning" else "blue"
         console.print(f"[{colour}]advice[/{colour}]     {escape(item['words'])}")

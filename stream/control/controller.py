@@ -22,6 +22,7 @@ from stream.control.ladder import RunLadder
 from stream.control.quality import EXCLUDED, Breach, describe_limits, figures_of
 from stream.control.runs import RunRecord, RunState
 from stream.control.settings import ControllerSettings
+from stream.control.training import TrainingDesk
 from stream.control.trend import ScoreTrend
 from stream.control.wishes import Wishes
 from stream.records.commands import Command, Preprocess, Rank, RunMember
@@ -51,6 +52,7 @@ from stream.records.events import (
     SessionDecided,
     SessionOpened,
     StageFailed,
+    TrainingChanged,
 )
 from stream.records.values import (
     CampaignId,
@@ -85,6 +87,7 @@ class Controller:
         self.gain = GainSearch(settings)
         self.gain_residual = ResidualWatch(settings)
         self.trend = ScoreTrend()
+        self.training = TrainingDesk(settings.training)
         self.is_input_ended = False
         self.is_draining = False
         self._is_disk_low = False
@@ -139,6 +142,9 @@ class Controller:
                 self._ladder.take_clusters(event)
             case ClusteringFailed():
                 self._ladder.take_clustering_failure(event)
+            case TrainingChanged():
+                self.training.take(event)
+                self.decisions.add(event.at, f"CryoGEM {event.state.value}", event.words)
             case DiskSpaceChanged(is_low=is_low):
                 self._is_disk_low = is_low
             case InputEnded():
@@ -152,14 +158,17 @@ class Controller:
         return commands + self._ask_gain(event.at) + self._admit()
 
     def propose(self, at: float) -> list[Event]:
-        """Return what the controller wants to be a fact: campaigns, runs and clusterings to start or to end.
+        """Return what the controller wants to be a fact: campaigns, runs and clusterings to start or to end, an offer.
 
         It changes nothing. Each event is to be committed and handled, and the question asked again until
         the answer is empty. A replay asks nothing: what was decided is in the journal.
         """
         if self.is_draining or self._is_disk_low:
             return []
-        return self._ladder.propose(at, is_complete=self._is_everything_ranked)
+        n_good = self.n_by_state[ExposureState.DONE]
+        return self._ladder.propose(at, is_complete=self._is_everything_ranked) or self.training.propose(
+            at, n_good, self.best_run
+        )
 
     # --- what others may ask -------------------------------------------------------------------------
 

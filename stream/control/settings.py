@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from stream.control.advice import AdviceSettings
+from stream.control.training import TrainingPolicy
 from stream.records.values import SweepPolicy
 
 
@@ -75,3 +76,4 @@ class ControllerSettings:
     is_picking_by_template: bool = False
     template_min_resolution_angstrom: float = 20.0
     advice: AdviceSettings = field(default_factory=AdviceSettings)
+    training: TrainingPolicy = field(default_factory=TrainingPolicy)

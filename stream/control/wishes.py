@@ -233,6 +233,8 @@ def describe_wish(wish: Wish) -> str:
             return "run now"
         case WishKind.EXCLUDE_TIME:
             return f"exclude exposures taken {describe_window(wish.window)}"
+        case WishKind.TRAIN_CRYOGEM:
+            return "train CryoGEM"
         case WishKind.UNDO:
             return f"take back {wish.decision_id}"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from stream.records.training import TrainingState
 from stream.records.values import (
     CampaignId,
     CampaignRequest,
@@ -229,6 +230,19 @@ class RunCancelled:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingChanged:
+    """A training of CryoGEM on this session was offered, started, got on, ended or stopped; `words` say how.
+
+    `decision_id` names the decision that asked for it, "" for the offer.
+    """
+
+    at: float
+    state: TrainingState
+    words: str
+    decision_id: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DiskSpaceChanged:
     """Free space fell below the reserve, or came back above it."""
 
@@ -271,6 +285,7 @@ Event = (
     | ClusteringStarted
     | ParticlesClustered
     | ClusteringFailed
+    | TrainingChanged
     | DiskSpaceChanged
     | InputEnded
     | DrainRequested

@@ -19,6 +19,7 @@ class WishKind(Enum):
     SET_SCORE_THRESHOLD = "set_score_threshold"
     FORCE_RUN = "force_run"
     EXCLUDE_TIME = "exclude_time"
+    TRAIN_CRYOGEM = "train_cryogem"
     UNDO = "undo"
 
 
@@ -30,6 +31,7 @@ _FIELDS: dict[WishKind, frozenset[str]] = {
     WishKind.SET_SCORE_THRESHOLD: frozenset({"score_threshold"}),
     WishKind.FORCE_RUN: frozenset(),
     WishKind.EXCLUDE_TIME: frozenset({"window"}),
+    WishKind.TRAIN_CRYOGEM: frozenset(),
     WishKind.UNDO: frozenset({"decision_id"}),
 }
 

@@ -95,6 +95,10 @@ class OutputLayout:
         """The folder of one engine run."""
         return self.root / "runs" / run_id
 
+    def training(self, decision_id: str) -> Path:
+        """The folder of the CryoGEM training that a decision asked for."""
+        return self.root / "trainings" / f"cryogem-{decision_id}"
+
     def clustering(self, clustering_id: ClusteringId) -> Path:
         """The folder of one clustering of particles."""
         return self.root / "clusters" / clustering_id

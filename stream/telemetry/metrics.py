@@ -46,6 +46,7 @@ from stream.records.events import (
     SessionDecided,
     SessionOpened,
     StageFailed,
+    TrainingChanged,
 )
 from stream.records.values import (
     Exposure,
@@ -211,6 +212,7 @@ class Telemetry:
                 | ClusteringStarted()
                 | ParticlesClustered()
                 | ClusteringFailed()
+                | TrainingChanged()
             ):
                 pass  # what follows from them is in the controller's books
             case _:
