@@ -8,7 +8,9 @@ and one on two maps:
   first test; a ball explains most of them. With very many images this test tells the smallest difference, so that
   `shape_share` is reported beside it.
 
-- **agreement** (C1 alone): some other start has come to the same map, up to rotation and hand. Wrong maps are wrong in many ways.
+- **agreement** (C1 alone): in some other start's map the images have the same poses, up to one rotation and hand. Wrong maps
+  are wrong in many ways. Maps alone tell too little: one that mixes two registers of a nearly sixfold particle correlated
+  with the right one as well as two right ones do (0.97), and half of its poses were one subunit off.
 
 What this does not see: a map that is wrong in a way that every start is (facts §2.2: reproducible and wrong).
 """
@@ -23,6 +25,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from models.reconstruction.alignment import align_volumes
+from models.reconstruction.blobs import pose_errors_deg
+from models.reconstruction.fine_em import Finalist, decided
 from models.reconstruction.online_em import EmResult, OnlineEmSettings, evidence_of, held_out_rows
 from models.reconstruction.particle_data import ParticleData
 from models.reconstruction.sufficient import ReconstructionGrid
@@ -34,7 +38,16 @@ MINIMUM_Z_SHAPE = 5.0
 """Round blobs of mixed sizes reach 4.2 with 60 held-out images, particles of SNR 0.03 6.6 (README)."""
 
 MINIMUM_AGREEMENT = 0.8
-"""Mean shell correlation of two starts' maps; README has what right and wrong maps reach."""
+"""Share of images with the same pose in two starts' maps (where poses say nothing: their shell correlation)."""
+
+SAME_POSE_DEG = 20.0
+"""Poses of one image in two maps this near are the same: nearly equal views lie farther apart."""
+
+DECIDED_MASS = 0.8
+"""Images that leave more of their posterior to a second mode say nothing about agreement: symmetry, noise or junk."""
+
+DECIDED_SHARE = 0.2
+"""Where fewer images are decided the maps themselves are compared, as for a particle that is symmetric in truth."""
 
 AGREEMENT_SHELLS = 9.0
 """Shells compared: a 15° grid says little about finer ones."""
@@ -50,8 +63,8 @@ MINIMUM_HELD_OUT = 8
 class SeedAcceptance:
     """Mean log evidence per held-out image (nats) of the map, of randomised images, of the ball; z of both differences.
 
-    `agreement` is the map's correlation with another start's; None with one start, and with a point group, whose starts
-    in C1 need not look alike.
+    `agreement` is how far another start's map agrees (`agreement_of`); None with one start, and with a point group, whose
+    starts in C1 need not look alike.
     """
 
     log_evidence: float
@@ -89,7 +102,7 @@ class SeedAcceptance:
             )
         if self.agreement is not None and self.agreement < MINIMUM_AGREEMENT:
             return (
-                f"no second start came to the same map (correlation {self.agreement:.2f}, "
+                f"no second start came to the same map (agreement {self.agreement:.2f}, "
                 f"{MINIMUM_AGREEMENT} are needed): more particles or more starts may decide"
             )
         return None
@@ -101,6 +114,19 @@ def correlate_maps(a: EmResult, b: EmResult) -> float:
     lowpass = a.volume.shape[0] / min(AGREEMENT_SHELLS, a.max_shell)
     generator = torch.Generator().manual_seed(0)
     return align_volumes(a.volume, b.volume, 1.0, generator=generator, lowpass_angstrom=lowpass).correlation
+
+
+def agreement_of(a: Finalist, b: Finalist) -> float:
+    """Return the share of decided images that have the same pose in both maps, up to one rotation and hand.
+
+    Where hardly any image is decided in both, the maps' correlation.
+    """
+    is_decided = decided(a.poses, DECIDED_MASS) & decided(b.poses, DECIDED_MASS)
+    rows = is_decided.nonzero()[:, 0]
+    if len(rows) < max(MINIMUM_HELD_OUT, DECIDED_SHARE * len(is_decided)):
+        return correlate_maps(a.result, b.result)
+    apart = pose_errors_deg(a.poses.rotations[rows, 0], b.poses.rotations[rows, 0])
+    return float((apart < SAME_POSE_DEG).float().mean())
 
 
 def judge_seed(

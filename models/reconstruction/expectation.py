@@ -56,14 +56,6 @@ class CoarseSearch:
     n_coefficients: int
 
 
-@dataclass(frozen=True, slots=True)
-class SliceSums:
-    """Posterior-weighted sums (re A, im A, W) of a batch as `(3, j, k)` at rotations `index` of the grid."""
-
-    values: Tensor
-    index: Tensor
-
-
 def sum_slices(
     batch: ParticleData,
     inverse_noise: Float[Tensor, "k"],
@@ -71,8 +63,11 @@ def sum_slices(
     search: ShiftSearch,
     beta: float,
     coarse: CoarseSearch | None,
-) -> SliceSums:
-    """Return the batch's posterior-weighted images per rotation; `coarse` None means the exact posterior."""
+) -> Float[Tensor, "3 h k"]:
+    """Return the batch's posterior-weighted sums (re A, im A, W) at the first half of the grid's rotations.
+
+    What belongs to the second half is conjugated and added to its mate. `coarse` None means the exact posterior.
+    """
     n_rotations, k2 = projections.stacked.shape
     images, weights = weighted_images(batch, inverse_noise)
     phases = batch.plane.phases(search.shifts_xy_px)
@@ -80,8 +75,8 @@ def sum_slices(
     with fast_products():
         chosen = None
         if coarse is not None:
-            chosen = _choose_rotations(batch, images, weights, projections, coarse, beta)
-        if chosen is None:
+            chosen, coverage = choose_rotations(batch, images, weights, projections, coarse, beta)
+        if chosen is None or coverage < MIN_COVERAGE:
             size = block_size(phases.shape[0], n_rotations)
             for part, part_weights in zip(images.split(size), weights.split(size), strict=True):
                 matrix = shifted_matrix(part, phases)
@@ -95,10 +90,10 @@ def sum_slices(
             ):
                 matrix = shifted_matrix(part, phases)
                 _add_chosen(sums, weight_sums, matrix, part_weights, projections, part_chosen, search, beta)
-    k = k2 // 2
-    index = (weight_sums.amax(1) > 0).nonzero()[:, 0]
-    found = sums[index]
-    return SliceSums(torch.stack((found[:, :k], found[:, k:], weight_sums[index])), index)
+    k, h = k2 // 2, n_rotations // 2
+    return torch.stack((
+        sums[:h, :k] + sums[h:, :k], sums[:h, k:] - sums[h:, k:], weight_sums[:h] + weight_sums[h:]
+    ))  # fmt: skip
 
 
 def _normalise(scores: Float[Tensor, "b t j"]) -> None:
@@ -106,15 +101,15 @@ def _normalise(scores: Float[Tensor, "b t j"]) -> None:
     scores.div_(scores.sum((1, 2), keepdim=True))
 
 
-def _choose_rotations(
+def choose_rotations(
     batch: ParticleData,
     images: Tensor,
     weights: Tensor,
     projections: Projections,
     coarse: CoarseSearch,
     beta: float,
-) -> Int[Tensor, "b m"] | None:
-    """Return the rotations that hold the mass at the smaller radius, best first; None where too few do."""
+) -> tuple[Int[Tensor, "b m"], float]:
+    """Return the rotations that hold the mass at the smaller radius, best first, and the share that they hold at most."""
     low = projections.cropped(coarse.n_coefficients)
     plane = batch.plane.cropped(coarse.n_coefficients)
     phases = plane.phases(coarse.search.shifts_xy_px)
@@ -127,10 +122,8 @@ def _choose_rotations(
         mass, index = shares.topk(len(covered), dim=1)
         covered += mass.cumsum(1).sum(0)
         found.append(index)
-    if float(covered[-1]) < MIN_COVERAGE * len(images):
-        return None
     n_needed = int((covered < COVERAGE * len(images)).sum()) + 1
-    return torch.cat(found)[:, : max(MIN_ROTATIONS, n_needed)]
+    return torch.cat(found)[:, : max(MIN_ROTATIONS, n_needed)], float(covered[-1]) / len(images)
 
 
 def _add_chosen(
@@ -167,5 +160,6 @@ def score_chosen(
 ) -> Float[Tensor, "b t m"]:
     """Return what `score_block` does, at each image's own rotations `chosen` `(b, m)`."""
     scores = 2.0 * torch.bmm(matrix, projections.stacked[chosen].transpose(1, 2))
-    scores.sub_(torch.bmm(projections.power[chosen], weights[:, :, None])[:, None, :, 0])
+    power = projections.power[chosen % len(projections.power)]
+    scores.sub_(torch.bmm(power, weights[:, :, None])[:, None, :, 0])
     return scores.mul_(beta).add_(search.log_prior[None, :, None])

@@ -45,12 +45,16 @@ def healpix_directions(order: int) -> Float[Tensor, "v 3"]:
 
 
 def so3_grid(order: int) -> Float[Tensor, "j 3 3"]:
-    """Return HEALPix directions × in-plane angles: 576 rotations 30° apart (order 1), 4,608 at 15° (order 2)."""
+    """Return HEALPix directions × in-plane angles: 576 rotations 30° apart (order 1), 4,608 at 15° (order 2).
+
+    They come in pairs: the second half is the first, `half_turned`. Turning them from the right and
+    `asymmetric_unit` leave them so.
+    """
     directions = healpix_directions(order)
-    n_psi = 6 * 2**order
+    n_psi = 3 * 2**order
     tilt = torch.rad2deg(torch.acos(directions[:, 2].clamp(-1.0, 1.0)))
     rot = torch.rad2deg(torch.atan2(directions[:, 1], directions[:, 0]))
-    psi = torch.arange(n_psi) * (360.0 / n_psi)
+    psi = torch.arange(n_psi) * (180.0 / n_psi)
     euler = torch.stack(
         (
             rot[:, None].expand(-1, n_psi),
@@ -59,7 +63,13 @@ def so3_grid(order: int) -> Float[Tensor, "j 3 3"]:
         ),
         dim=-1,
     ).reshape(-1, 3)
-    return euler_to_matrix(euler)
+    rotations = euler_to_matrix(euler)
+    return torch.cat((rotations, half_turned(rotations)))
+
+
+def half_turned(rotations: Float[Tensor, "j 3 3"]) -> Float[Tensor, "j 3 3"]:
+    """Turn each by 180° about the beam: its slice is the conjugate, because images are real."""
+    return rotations * torch.tensor([-1.0, -1.0, 1.0])[:, None]
 
 
 def grid_spacing_deg(order: int) -> float:

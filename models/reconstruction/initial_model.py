@@ -2,8 +2,8 @@
 
 Starts differ in seed and, every second one, in the radius they begin with: dwelling at low resolution helps most
 structures and traps those that are nearly symmetric there. All of them search in C1 and run to half time; the
-likeliest of each kind go on to the end. Where they are not the same map, the others follow and as many new ones, one
-by one, until a second map agrees with the best. With a point group all starts go to the end and agreement is not
+likeliest of each kind go on to the end. Where images have other poses in the one than in the other, both go on with fine
+poses (`fine_em`); then the others follow and as many new ones, one by one, until a second map agrees with the best. With a point group all starts go to the end and agreement is not
 asked for: the group is imposed on several candidate frames of the maps, each polished by EM within the group, and
 again the held-out likelihood chooses: it knows the images, the symmetry score only the map.
 """
@@ -18,7 +18,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from models.reconstruction.acceptance import MINIMUM_AGREEMENT, SeedAcceptance, correlate_maps, judge_seed
+from models.reconstruction.acceptance import MINIMUM_AGREEMENT, SeedAcceptance, agreement_of, judge_seed
+from models.reconstruction.fine_em import FineEm, Finalist
 from models.reconstruction.online_em import EmProgress, EmResult, OnlineEm, OnlineEmSettings, run_start
 from models.reconstruction.particle_data import ParticleData
 from models.reconstruction.projector import cube_to_volume
@@ -32,12 +33,23 @@ SECOND_FIRST_SHELL = 7.0
 """The radius that every second start begins with: 4 shells converged most often, but not for every shape."""
 
 
+FINE_BLOCK = 5
+"""Iterations with fine poses between two comparisons: most of a pass over 3,000 images."""
+
+MAX_FINE_STEPS = 20
+"""Of one start; ClpB's mixture of two registers came apart within ten."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartReport:
-    """One start, or one symmetric frame polished: what it was and its mean held-out log evidence in nats."""
+    """One start, or one symmetric frame polished: what it was and its mean held-out log evidence in nats.
+
+    `fine_score` is the held-out images' mean log likelihood at their best fine poses, None where none were searched.
+    """
 
     name: str
     log_evidence: float
+    fine_score: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,9 +92,16 @@ def find_initial_model(
         starts[index].run_to_end(_named(names[index], on_progress))
         return starts[index].result()
 
+    def refine(index: int) -> Finalist:
+        fine = fines.setdefault(index, FineEm(starts[index]))
+        if index in finalists:
+            fine.run(FINE_BLOCK, _named(names[index], on_progress))
+        return fine.finalist()
+
     def judge() -> torch.Generator:
         return torch.Generator().manual_seed(seed)
 
+    fines, finalists = dict[int, FineEm](), dict[int, Finalist]()
     with fast_products(), ThreadPoolExecutor(max_workers=max(1, n_threads)) as pool:
         starts = dict(enumerate(pool.map(begin, range(n_starts))))
         early = list(pool.map(lambda em: float(em.held_out_evidence().double().mean()), starts.values()))
@@ -90,19 +109,38 @@ def find_initial_model(
         # In C1 a symmetric particle's starts need not look alike: every one is polished within the group instead.
         chosen = order[:2] if len(group) == 1 else order
         finished = dict(zip(chosen, pool.map(finish, chosen), strict=True))
-        agreement = _agreement(list(finished.values())) if len(group) == 1 else None
-        for index in [*order[2:], *range(n_starts, 2 * n_starts)]:
-            best = max(finished.values(), key=lambda result: result.log_evidence)
-            is_settled = agreement is None or agreement >= MINIMUM_AGREEMENT
-            if is_settled or not judge_seed(data, best, settings, judge()).is_accepted:
-                break
-            if index not in starts:
-                starts[index] = begin(index)
-            finished[index] = finish(index)
-            agreement = _agreement(list(finished.values()))
-    ranked = sorted(finished, key=lambda i: -finished[i].log_evidence)
+        agreement = None
+        if len(group) == 1:
+            finalists |= dict(zip(chosen, pool.map(refine, chosen), strict=True))
+            agreement = _agreement(finalists)
+            more_starts = [*order[2:], *range(n_starts, 2 * n_starts)]
+            while agreement is not None and agreement < MINIMUM_AGREEMENT:
+                best = finalists[_by_score(finalists)[0]]
+                if not judge_seed(data, best.result, settings, judge()).is_accepted:
+                    break
+                unfinished = [i for i in finalists if fines[i].n_steps < MAX_FINE_STEPS]
+                if unfinished:
+                    finalists |= dict(zip(unfinished, pool.map(refine, unfinished), strict=True))
+                elif more_starts:
+                    index = more_starts.pop(0)
+                    if index not in starts:
+                        starts[index] = begin(index)
+                    finish(index)
+                    finalists[index] = refine(index)
+                else:
+                    break
+                agreement = _agreement(finalists)
+            finished = {i: finalists[i].result for i in _by_score(finalists)}
+    ranked = list(finished) if finalists else sorted(finished, key=lambda i: -finished[i].log_evidence)
     results = [finished[i] for i in ranked]
-    reports = [StartReport(name=names[i], log_evidence=finished[i].log_evidence) for i in ranked] + [
+    reports = [
+        StartReport(
+            name=names[i],
+            log_evidence=finished[i].log_evidence,
+            fine_score=finalists[i].score if i in finalists else None,
+        )
+        for i in ranked
+    ] + [
         StartReport(name=f"{names[i]}, left at half time", log_evidence=early[i])
         for i in order
         if i not in finished
@@ -130,10 +168,15 @@ def _alternate(ranked: list[int]) -> list[int]:
     return ranked if other is None else [ranked[0], other, *(i for i in ranked[1:] if i != other)]
 
 
-def _agreement(results: list[EmResult]) -> float | None:
-    """Return the best map's highest correlation with another one, after alignment; None where there is no other."""
-    first, *others = sorted(results, key=lambda result: -result.log_evidence)
-    return max((correlate_maps(first, other) for other in others), default=None)
+def _by_score(finalists: dict[int, Finalist]) -> list[int]:
+    """Return which finalists there are, the likeliest first."""
+    return sorted(finalists, key=lambda i: -finalists[i].score)
+
+
+def _agreement(finalists: dict[int, Finalist]) -> float | None:
+    """Return the best map's highest agreement with another one; None where there is no other."""
+    first, *others = (finalists[i] for i in _by_score(finalists))
+    return max((agreement_of(first, other) for other in others), default=None)
 
 
 def _impose(

@@ -23,7 +23,6 @@ from models.reconstruction.particle_data import ParticleData
 from models.reconstruction.projector import (
     HalfPlane,
     cube_to_volume,
-    extract_slices,
     insert_slices,
     sums_to_volume,
     volume_to_cube,
@@ -157,7 +156,7 @@ class OnlineEm:
         first, last = min(s.first_batch, max(1, n // 4)), min(s.last_batch, max(1, n // 2))
         return int(first + (last - first) * min(1.0, self._fraction() / 0.3))
 
-    def _next_batch(self) -> Tensor:
+    def next_batch(self) -> Tensor:
         size = self.batch_size()
         while self.queue.numel() < size:
             order = torch.randperm(self.training.numel(), generator=self.generator)
@@ -169,7 +168,7 @@ class OnlineEm:
 
     def _starting_cube(self) -> Tensor:
         """Back-project one batch at random angles and add as much noise: a blob of the right size and scale."""
-        batch = self.data.take(self._next_batch())
+        batch = self.data.take(self.next_batch())
         images, weights = weighted_images(batch, self.inverse_noise)
         rotations = random_rotations(len(batch), self.generator)
         channels = torch.stack((images.real, images.imag, weights))
@@ -193,24 +192,25 @@ class OnlineEm:
         search = _shift_search(self.data.box_size_px, self.settings, is_fine=is_fine)
         turn = random_rotations(1, self.generator)[0]
         rotations = asymmetric_unit((self.fine if is_fine else self.coarse) @ turn, self.group)
-        batch = self.data.take(self._next_batch()).within(shell)
-        projections = Projections.of(extract_slices(self.cube, rotations, batch.plane))
+        batch = self.data.take(self.next_batch()).within(shell)
+        projections = Projections.of_grid(self.cube, rotations, batch.plane)
         half = len(batch) // 2
         beta = self._find_temperature(batch, projections, search)
-        coarse = self._coarse_search(batch.plane) if is_fine else None
+        coarse = self.coarse_search(batch.plane) if is_fine else None
         inverse_noise = self.inverse_noise[: len(batch.plane)]
-        new = []
-        for part in (torch.arange(half), torch.arange(half, len(batch))):
-            found = sum_slices(batch.take(part), inverse_noise, projections, search, beta, coarse)
-            sums, turned = self.grid.zeros(), rotations[found.index]
-            for element in self.group:
-                sums = insert_slices(sums, found.values, turned @ element, batch.plane)
-            new.append(sums)
+        halves = torch.cat([
+            sum_slices(batch.take(part), inverse_noise, projections, search, beta, coarse)
+            for part in (torch.arange(half), torch.arange(half, len(batch)))
+        ])  # fmt: skip
+        used = ((halves[2] + halves[5]).amax(1) > 0).nonzero()[:, 0]
+        new, turned = self.grid.zeros(6), rotations[used]
+        for element in self.group:
+            new = insert_slices(new, halves[:, used], turned @ element, batch.plane)
         scale = self.training.numel() / len(batch)
         # The running sums never reach back further than one pass over the images: older maps made older sums.
         eta = max((self.iteration + 2) ** -0.6, 0.05, 1.0 / scale)
-        self.sums = (1 - eta) * self.sums + (eta * scale) * torch.cat(new)
-        self._update_map(shell)
+        self.sums = (1 - eta) * self.sums + (eta * scale) * new
+        self.update_map(shell)
         self.iteration += 1
         return EmProgress(
             iteration=self.iteration,
@@ -257,14 +257,14 @@ class OnlineEm:
             low, high = (middle, high) if is_broad else (low, middle)
         return math.exp(0.5 * (low + high))
 
-    def _coarse_search(self, plane: HalfPlane) -> CoarseSearch | None:
+    def coarse_search(self, plane: HalfPlane) -> CoarseSearch | None:
         """Return the first of two steps, None while the radius is too small for two to pay."""
         n = plane.count_within(PRUNING_SHELL)
         if len(plane) < 1.3 * n:
             return None
         return CoarseSearch(_shift_search(self.data.box_size_px, self.settings, is_fine=False), n)
 
-    def _update_map(self, shell: float) -> None:
+    def update_map(self, shell: float) -> None:
         """Solve the sub-halves for the radial prior and the sum for the map; constrain it in real space."""
         in_use = torch.arange(self.grid.n_shells) <= shell
         one = torch.where(in_use, 2.0, 0.0)
@@ -328,7 +328,7 @@ def evidence_of(
     """
     rotations = so3_grid(2)
     search = _shift_search(data.box_size_px, settings, is_fine=True)
-    projections = Projections.of(extract_slices(cube, rotations, data.plane))
+    projections = Projections.of_grid(cube, rotations, data.plane)
     images, weights = weighted_images(data, inverse_noise)
     phases = data.plane.phases(search.shifts_xy_px)
     size = block_size(phases.shape[0], rotations.shape[0])

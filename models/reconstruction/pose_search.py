@@ -64,8 +64,8 @@ def search_globally(
     n_keep: int,
     check: Callable[[], None] | None = None,
 ) -> Hypotheses:
-    """Return each image's `n_keep` best rotations of the grid, each with its best shift."""
-    projections = Projections.of(extract_slices(cube, rotations, data.plane))
+    """Return each image's `n_keep` best rotations of the grid (in pairs, see `so3_grid`), each with its best shift."""
+    projections = Projections.of_grid(cube, rotations, data.plane)
     images, weights = weighted_images(data, inverse_noise)
     phases = data.plane.phases(search.shifts_xy_px)
     size = block_size(phases.shape[0], rotations.shape[0])

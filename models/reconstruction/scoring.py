@@ -13,10 +13,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Complex, Float
 from torch import Tensor
 
+from models.reconstruction.grids import half_turned
 from models.reconstruction.particle_data import ParticleData
+from models.reconstruction.projector import HalfPlane, extract_slices
 
 MAX_SCORES = 6_000_000
 """Scores held at a time (24 MB): larger blocks fall out of the cache, smaller ones starve the products."""
@@ -70,15 +72,35 @@ class ShiftSearch:
 
 @dataclass(frozen=True, slots=True)
 class Projections:
-    """Slices at a grid of rotations, laid out for the products."""
+    """Slices `(j, 2k)` at a grid of rotations, laid out for the products, and their power.
+
+    Where `is_paired` the second half of the rows are the first half's conjugates (`grids.half_turned`), and `power` has
+    the first half's rows alone.
+    """
 
     stacked: Tensor
     power: Tensor
+    is_paired: bool = False
 
     @classmethod
-    def of(cls, slices: Tensor) -> Projections:
-        """Take complex slices `(j, k)`."""
+    def of(cls, slices: Complex[Tensor, "j k"]) -> Projections:
+        """Take slices that have no mates."""
         return cls(torch.cat((slices.real, slices.imag), dim=1), slices.abs().square())
+
+    @classmethod
+    def of_grid(
+        cls, cube: Float[Tensor, "2 d d d"], rotations: Float[Tensor, "j 3 3"], plane: HalfPlane
+    ) -> Projections:
+        """Slice a cube at a grid whose second half is the first `half_turned`, as `so3_grid` gives it."""
+        first, second = rotations.chunk(2)
+        if len(first) != len(second) or not torch.allclose(half_turned(first), second, atol=1e-5):
+            raise ValueError(
+                f"rotations: {len(rotations)}, the second half is the first turned by 180 degrees"
+            )
+        slices = extract_slices(cube, first, plane)
+        real, imaginary = slices.real, slices.imag
+        stacked = torch.cat((torch.cat((real, imaginary), dim=1), torch.cat((real, -imaginary), dim=1)))
+        return cls(stacked, real.square() + imaginary.square(), is_paired=True)
 
     def cropped(self, n_coefficients: int) -> Projections:
         """Return the leading coefficients alone."""
@@ -86,6 +108,7 @@ class Projections:
         return Projections(
             torch.cat((self.stacked[:, :n], self.stacked[:, k : k + n]), dim=1),
             self.power[:, :n].contiguous(),
+            self.is_paired,
         )
 
 
@@ -109,12 +132,20 @@ def score_block(
 ) -> Float[Tensor, "b t j"]:
     """Return β · log likelihood + log shift prior for a block of images."""
     b, t, k2 = matrix.shape
-    scores = (2.0 * matrix.reshape(b * t, k2)) @ projections.stacked.T
-    scores = scores.view(b, t, -1)
-    scores.sub_((weights @ projections.power.T)[:, None, :])
-    if inverse_temperature != 1.0:
-        scores.mul_(inverse_temperature)
-    return scores.add_(search.log_prior[None, :, None])
+    power = (inverse_temperature * weights) @ projections.power.T
+    images = (2.0 * inverse_temperature * matrix).view(b * t, k2)
+    if not projections.is_paired:
+        scores = (images @ projections.stacked.T).view(b, t, -1)
+        return scores.sub_(power[:, None, :]).add_(search.log_prior[None, :, None])
+    # Of a pair, Re⟨x, p⟩ and Re⟨x, p̄⟩ are sum and difference of the parts' products: half the work for both.
+    n, k = projections.power.shape
+    even = (images[:, :k] @ projections.stacked[:n, :k].T).view(b, t, n)
+    odd = (images[:, k:] @ projections.stacked[:n, k:].T).view(b, t, n)
+    even.sub_(power[:, None, :]).add_(search.log_prior[None, :, None])
+    scores = even.new_empty((b, t, 2 * n))
+    torch.add(even, odd, out=scores[..., :n])
+    torch.sub(even, odd, out=scores[..., n:])
+    return scores
 
 
 def block_size(n_shifts: int, n_rotations: int) -> int:

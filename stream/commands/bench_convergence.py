@@ -68,13 +68,14 @@ def run_convergence_benchmark(
 ) -> list[dict[str, Any]]:
     """Run what of `part` ("rod", "rod:0-3", several with commas) is not done yet; return a figure per structure."""
     runs_file = folder / "runs.jsonl"
-    for name, seeds in _parse_part(part, n_seeds):
-        done = {(run["structure"], run["seed"]) for run in read_runs(runs_file)}
-        for seed in seeds:
-            if (name, seed) not in done:
-                run = run_once(name, seed, folder)
-                with runs_file.open("a") as lines:
-                    lines.write(json.dumps(run) + "\n")
+    wanted = [(seed, name) for name, seeds in _parse_part(part, n_seeds) for seed in seeds]
+    done = {(run["seed"], run["structure"]) for run in read_runs(runs_file)}
+    # One seed of every structure after the other: what is done when it is stopped tells of all of them.
+    for seed, name in sorted(wanted, key=lambda one: one[0]):
+        if (seed, name) not in done:
+            run = run_once(name, seed, folder)
+            with runs_file.open("a") as lines:
+                lines.write(json.dumps(run) + "\n")
     return summarise(read_runs(runs_file))
 
 
@@ -163,6 +164,7 @@ def run_once(name: str, seed: int, folder: Path) -> dict[str, Any]:
         "z_shape": model.acceptance.z_shape,
         "agreement": model.acceptance.agreement,
         "evidence": {report.name: round(report.log_evidence, 3) for report in model.reports},
+        "fine_score": {r.name: round(r.fine_score, 3) for r in model.reports if r.fine_score is not None},
         "seconds": round(seconds, 1),
         "cpu_s": round(cpu_s, 1),
     }

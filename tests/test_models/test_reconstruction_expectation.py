@@ -13,7 +13,7 @@ from models.reconstruction.expectation import CoarseSearch, sum_slices
 from models.reconstruction.grids import random_rotations, shift_grid, so3_grid
 from models.reconstruction.online_em import EmResult
 from models.reconstruction.particle_data import ParticleData
-from models.reconstruction.projector import extract_slices, insert_slices, volume_to_cube
+from models.reconstruction.projector import insert_slices, volume_to_cube
 from models.reconstruction.scoring import Projections, ShiftSearch
 from models.reconstruction.sufficient import ReconstructionGrid
 from models.reconstruction.symmetry import turn_volume
@@ -34,13 +34,12 @@ def sums_of(data: ParticleData, coarse: CoarseSearch | None, beta: float) -> tup
     near = data.within(SHELL)
     inverse_noise = (1.0 / near.mean_power())[near.plane.shell]
     rotations = so3_grid(2)
-    projections = Projections.of(
-        extract_slices(volume_to_cube(PHANTOM.volume(), SHELL), rotations, near.plane)
-    )
+    projections = Projections.of_grid(volume_to_cube(PHANTOM.volume(), SHELL), rotations, near.plane)
     search = ShiftSearch.gaussian(shift_grid(2, 1.0), 1.5)
     found = sum_slices(near, inverse_noise, projections, search, beta, coarse)
+    used = (found[2].amax(1) > 0).nonzero()[:, 0]
     zeros = ReconstructionGrid(SHELL).zeros()
-    return insert_slices(zeros, found.values, rotations[found.index], near.plane), len(found.index)
+    return insert_slices(zeros, found[:, used], rotations[used], near.plane), len(used)
 
 
 def test_two_steps_give_the_sums_of_one(images: BlobSet) -> None:

@@ -7,8 +7,9 @@ import torch
 
 from models.reconstruction import initial_model
 from models.reconstruction.blobs import BlobPhantom, simulate_blob_images
+from models.reconstruction.fine_em import Finalist
 from models.reconstruction.initial_model import InitialModel, find_initial_model
-from models.reconstruction.online_em import EmResult, OnlineEmSettings
+from models.reconstruction.online_em import OnlineEmSettings
 from models.reconstruction.particle_data import ParticleData
 
 SETTINGS = OnlineEmSettings(n_iterations=6, first_batch=30, last_batch=40, last_shell=7.0)
@@ -23,11 +24,11 @@ def data() -> ParticleData:
 
 
 def find(data: ParticleData, monkeypatch: pytest.MonkeyPatch, agreement: float) -> InitialModel:
-    def correlate(a: EmResult, b: EmResult) -> float:
-        assert a.log_evidence >= b.log_evidence
+    def agree(a: Finalist, b: Finalist) -> float:
+        assert a.score >= b.score
         return agreement
 
-    monkeypatch.setattr(initial_model, "correlate_maps", correlate)
+    monkeypatch.setattr(initial_model, "agreement_of", agree)
     return find_initial_model(data, SETTINGS, torch.eye(3)[None], n_starts=3, seed=0)
 
 
@@ -47,7 +48,9 @@ def test_where_none_agree_all_and_as_many_again_are_run_and_the_seed_is_refused(
 ) -> None:
     model = find(data, monkeypatch, 0.1)
     assert sorted(report.name for report in model.reports) == [f"start {i}" for i in range(1, 7)]
-    assert model.reports[0].log_evidence == max(report.log_evidence for report in model.reports)
+    scores = [report.fine_score for report in model.reports if report.fine_score is not None]
+    assert len(scores) == 6
+    assert scores == sorted(scores, reverse=True)
     assert not model.acceptance.is_accepted
     assert "no second start" in str(model.acceptance.reason)
 
