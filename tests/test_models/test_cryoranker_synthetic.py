@@ -118,8 +118,9 @@ def test_the_shipped_ranker_is_read_back_with_its_scores():
 
 def test_settled_norms_leave_a_training_batch_its_scores():
     """Without them the batch's own scale would be taken away in training mode."""
-    grey = np.random.default_rng(2).integers(60, 200, (64, 64, 64)).astype(np.uint8)
     model = starting_network(DEFAULT)
+    size = model.config.input_size_px
+    grey = np.random.default_rng(2).integers(60, 200, (64, size, size)).astype(np.uint8)
     wanted = encode_grey(model, grey).scores
     images = (torch.from_numpy(grey).float()[:, None] / 255.0 - model.config.mean) / model.config.std
 
