@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from models.reconstruction.acceptance import MINIMUM_AGREEMENT, SeedAcceptance, agreement_of, judge_seed
-from models.reconstruction.fine_em import FineEm, Finalist
+from models.reconstruction.fine_em import Finalist, FineEm
 from models.reconstruction.online_em import EmProgress, EmResult, OnlineEm, OnlineEmSettings, run_start
 from models.reconstruction.particle_data import ParticleData
 from models.reconstruction.projector import cube_to_volume
@@ -115,8 +115,8 @@ def find_initial_model(
             agreement = _agreement(finalists)
             more_starts = [*order[2:], *range(n_starts, 2 * n_starts)]
             while agreement is not None and agreement < MINIMUM_AGREEMENT:
-                best = finalists[_by_score(finalists)[0]]
-                if not judge_seed(data, best.result, settings, judge()).is_accepted:
+                likeliest = finalists[_by_score(finalists)[0]]
+                if not judge_seed(data, likeliest.result, settings, judge()).is_accepted:
                     break
                 unfinished = [i for i in finalists if fines[i].n_steps < MAX_FINE_STEPS]
                 if unfinished:

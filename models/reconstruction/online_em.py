@@ -156,7 +156,8 @@ class OnlineEm:
         first, last = min(s.first_batch, max(1, n // 4)), min(s.last_batch, max(1, n // 2))
         return int(first + (last - first) * min(1.0, self._fraction() / 0.3))
 
-    def next_batch(self) -> Tensor:
+    def next_batch(self) -> Int[Tensor, " b"]:
+        """Return the rows of the next batch: all training images in random order, again and again."""
         size = self.batch_size()
         while self.queue.numel() < size:
             order = torch.randperm(self.training.numel(), generator=self.generator)
