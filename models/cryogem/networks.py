@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
+
+OutputForm = Literal["image", "change"]
 
 _SLOPE = 0.2
 _INITIAL_SD = 0.02
@@ -24,6 +27,8 @@ class NetworkSettings:
     """Sizes. The defaults are the paper's; images must be multiples of 2**depth a side.
 
     `nce_levels` counts encoder levels from 1: features behind the level's LeakyReLU, at 1/2**level of the side.
+    `output` "image" is the paper's; with "change" the network gives what is added to its input and begins as the identity,
+    which short trainings are better off with: what they have not learnt yet stays the noisy micrograph that it was.
     """
 
     depth: int = 10
@@ -32,8 +37,11 @@ class NetworkSettings:
     discriminator_layers: int = 3
     nce_levels: tuple[int, ...] = (1, 2, 3, 4, 5)
     head_width: int = 256
+    output: OutputForm = "image"
 
     def __post_init__(self) -> None:
+        if self.output not in get_args(OutputForm):
+            raise ValueError(f"output: {self.output!r}, must be one of {', '.join(get_args(OutputForm))}")
         if self.depth < 2:
             raise ValueError(f"depth: {self.depth}, must be 2 or more")
         if not self.nce_levels or min(self.nce_levels) < 1 or max(self.nce_levels) >= self.depth:
@@ -84,16 +92,24 @@ class UnetGenerator(nn.Module):
         multiple = self.settings.multiple_px
         if height % multiple or width % multiple:
             raise ValueError(f"image: {height} x {width} px, sides must be multiples of {multiple}")
-        return self.decode(self.encode(image, self.settings.depth - 1))
+        return self.decode(self.encode(image, self.settings.depth - 1), image)
 
-    def decode(self, features: Sequence[Tensor]) -> Float[Tensor, "b 1 h w"]:
-        """Return the translated image from the features of all levels but the innermost."""
+    def decode(self, features: Sequence[Tensor], image: Float[Tensor, "b 1 h w"]) -> Float[Tensor, "b 1 h w"]:
+        """Return the translated image from the image and its features of all levels but the innermost."""
         depth = self.settings.depth
         value = functional.relu(self.down[depth - 1](features[-1]))
         for level in range(depth - 1, 0, -1):
             value = functional.instance_norm(self.up[level](value))
             value = functional.relu(torch.cat((features[level - 1], value), dim=1))
-        return torch.tanh(self.up[0](value))
+        painted = torch.tanh(self.up[0](value))
+        # a change has to carry a pixel from one end of the range to the other
+        return painted if self.settings.output == "image" else (image + 2.0 * painted).clamp(-1.0, 1.0)
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """Draw the weights (`initialise`); a network that gives a change begins with none."""
+        initialise(self, generator)
+        if self.settings.output == "change":
+            nn.init.zeros_(self.up[0].weight)  # type: ignore[arg-type]
 
     def encode(self, image: Float[Tensor, "b 1 h w"], n_levels: int) -> list[Tensor]:
         """Return the features of levels 1 … `n_levels` (fewer than the depth), behind their LeakyReLU."""

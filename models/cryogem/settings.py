@@ -88,10 +88,14 @@ def plain_settings(settings: CryogemSettings) -> dict[str, Any]:
 
 
 def describe_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """Return which settings differ, as text; empty where none does."""
+    """Return which settings differ, as text; empty where none does. What `old` does not have yet was the default."""
+    usual = plain_settings(
+        CryogemSettings(physics=PhysicsSettings(), networks=NetworkSettings(), training=TrainingSettings())
+    )
+    before = {name: {**usual[name], **old.get(name, {})} for name in usual}
     return ", ".join(
-        f"{section.name}.{key} {old.get(section.name, {}).get(key)!r} → {value!r}"
+        f"{section.name}.{key} {before[section.name][key]!r} → {value!r}"
         for section in fields(CryogemSettings)
         for key, value in new[section.name].items()
-        if old.get(section.name, {}).get(key) != value
+        if before[section.name][key] != value
     )

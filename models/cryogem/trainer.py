@@ -37,11 +37,16 @@ class CryogemTrainer:
         weights = torch_stream(random_stream(settings.training.seed, Purpose.WEIGHTS))
         layout = torch.channels_last if settings.training.is_channels_last else torch.contiguous_format
         for network in self._networks().values():
-            initialise(network, weights)
+            if isinstance(network, UnetGenerator):
+                network.initialise(weights)
+            else:
+                initialise(network, weights)
             network.to(self.device, memory_format=layout)  # type: ignore[call-overload]
         betas = (settings.training.beta1, settings.training.beta2)
         self.optimisers = {
-            name: torch.optim.Adam(network.parameters(), lr=settings.training.learning_rate, betas=betas)
+            name: torch.optim.Adam(
+                network.parameters(), lr=settings.training.learning_rate, betas=betas, fused=True
+            )
             for name, network in self._networks().items()
         }
 
@@ -51,7 +56,7 @@ class CryogemTrainer:
         source, real = pair.source.to(self.device), pair.real.to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=training.precision == "bf16"):
             features = self.generator.encode(source, self.settings.networks.depth - 1)
-            fake = self.generator.decode(features)
+            fake = self.generator.decode(features, source)
             judged_real, judged_fake = self.discriminator(real), self.discriminator(fake.detach())
         d_loss = discriminator_loss(judged_real.float(), judged_fake.float(), training.gan_form)
         self._update(d_loss, ("discriminator",))

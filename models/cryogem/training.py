@@ -37,7 +37,10 @@ _FORMAT = "icestream-cryogem-training-1"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingResult:
-    """What a training left: the generator's file, its hash, the step it is of, and its distances to real micrographs."""
+    """What a training left: the generator's file, its hash, the step it is of, and its distances to real micrographs.
+
+    `seconds` are those since it was started or went on, `cpu_s` the processor's of all its steps, earlier ones too.
+    """
 
     generator: Path
     sha256: str
@@ -47,6 +50,7 @@ class TrainingResult:
     patch_distance: float
     n_skipped: int
     seconds: float
+    cpu_s: float
 
 
 def train_cryogem(
@@ -92,6 +96,8 @@ class _Run:
         self.next_step = 0
         self.best: dict[str, float] = {}
         self.n_without_labels = 0
+        self._cpu_before_s = 0.0
+        self._cpu_started_s = time.process_time()
         self._checkpoint = folder / "checkpoint.safetensors"
         if self._checkpoint.is_file():
             self._resume()
@@ -132,7 +138,13 @@ class _Run:
             patch_distance=float(kept.metadata["patch_distance"]),
             n_skipped=self.source.n_skipped + self.n_without_labels,
             seconds=seconds,
+            cpu_s=self.cpu_s,
         )
+
+    @property
+    def cpu_s(self) -> float:
+        """Processor seconds so far, those before a kill too (as of the checkpoint)."""
+        return self._cpu_before_s + time.process_time() - self._cpu_started_s
 
     def _validate(self, pair: TrainingPair) -> dict[str, float]:
         """Measure translated frames against training micrographs; keep the network if it is to be kept."""
@@ -179,6 +191,7 @@ class _Run:
             "next_step": self.next_step,
             "best": self.best,
             "n_without_labels": self.n_without_labels,
+            "cpu_s": self.cpu_s,
             "settings": plain_settings(self.settings),
         }
         save_checkpoint(self._checkpoint, self.trainer.state(), metadata)
@@ -198,6 +211,7 @@ class _Run:
         self.next_step = int(loaded.metadata["next_step"])
         self.best = dict(loaded.metadata["best"])
         self.n_without_labels = int(loaded.metadata["n_without_labels"])
+        self._cpu_before_s = float(loaded.metadata.get("cpu_s", 0.0))  # earlier versions did not count
         log.info("training_resumed step=%d of=%d", self.next_step, self.settings.training.n_steps)
 
 

@@ -35,16 +35,19 @@ def bench(
         str | None,
         typer.Option(
             help="convergence: structures and seeds (rod:0-3,antibody); engine: sets (ribozyme,betagal); "
-            "honesty: set0-4,noise,views."
+            "honesty: set0-4,noise,views; cryogem: cryogem,no-guidance,cut."
         ),
     ] = None,
     box_px: Annotated[int | None, typer.Option(help="engine: side of the images.")] = None,
     limit_s: Annotated[
-        float | None, typer.Option(help="engine: seconds after which RELION is stopped.")
+        float | None,
+        typer.Option(
+            help="engine: seconds after which RELION is stopped; cryogem: CPU seconds of this call."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Rerun one benchmark; convergence, engine and honesty keep what they did in --folder and go on from there."""
+    """Rerun one benchmark; convergence, cryogem, engine and honesty keep what they did in --folder and go on from there."""
     if name not in (*BENCHMARKS, *LONG_BENCHMARKS):
         known = ", ".join((*BENCHMARKS, *LONG_BENCHMARKS))
         raise ConfigurationError("bench", f"a benchmark is one of {known}", name)
@@ -203,8 +206,19 @@ def _views(
     return run_views_benchmark(folder, n_particles=size or 2_000, part=part, box_px=box_px)
 
 
+def _cryogem(
+    folder: Path, size: int | None, part: str | None, box_px: int | None, limit_s: float | None
+) -> Figures:
+    from stream.commands.bench_cryogem import run_cryogem_benchmark
+
+    if box_px is not None:
+        raise ConfigurationError("--box-px", "cryogem.yaml in --folder says what is trained", "cryogem")
+    return run_cryogem_benchmark(folder, n_seeds=size or 3, part=part, limit_s=limit_s)
+
+
 LONG_BENCHMARKS: dict[str, Callable[[Path, int | None, str | None, int | None, float | None], Figures]] = {
     "convergence": _convergence,
+    "cryogem": _cryogem,
     "engine": _engine,
     "honesty": _honesty,
     "views": _views,
