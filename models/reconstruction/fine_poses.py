@@ -31,8 +31,8 @@ N_MODES = 6
 MODE_DEG = 22.0
 """Rotations nearer than this belong to one mode: 1.5 times the fine grid's spacing."""
 
-LEVELS = ((5.0, 0.5, 2), (2.5, 0.25, 2))
-"""Steps in degrees and in the grid's shift step, and the modes kept after each level."""
+LEVELS = ((5.0, 0.5, 2, 0.75), (2.5, 0.25, 2, 1.0))
+"""Steps in degrees and in the grid's shift step, the modes kept after each level, and its share of the radius."""
 
 _IMAGES_PER_BLOCK = 50
 
@@ -52,7 +52,7 @@ def find_fine_poses(
     """Return each image's likeliest distinct poses, best first; `rotations` is a grid of 15° in pairs."""
     projections = Projections.of_grid(cube, rotations, data.plane)
     shell = float(data.plane.radius[-1])
-    levels = [LocalLevel(deg, step * shift_step_px, n, shell) for deg, step, n in LEVELS]
+    levels = [LocalLevel(deg, step * shift_step_px, n, share * shell) for deg, step, n, share in LEVELS]
     images, weights = weighted_images(data, inverse_noise)
     phases = data.plane.phases(search.shifts_xy_px)
     starts = []

@@ -151,7 +151,13 @@ def samples_to_volume(
 
 def slice_points(rotations: Float[Tensor, "j 3 3"], plane: HalfPlane) -> Float[Tensor, "j k 3"]:
     """Return the frequencies Rᵀ(kx, ky, 0) as (x, y, z) in cycles per box."""
-    return plane.kx[:, None] * rotations[:, None, 0, :] + plane.ky[:, None] * rotations[:, None, 1, :]
+    # One component at a time (broadcasting over three is several times slower); no product, which might be rounded.
+    points = torch.empty((len(rotations), len(plane), 3))
+    for i in range(3):
+        torch.add(
+            rotations[:, 0, i, None] * plane.kx, rotations[:, 1, i, None] * plane.ky, out=points[..., i]
+        )
+    return points
 
 
 def read_cube(cube: Float[Tensor, "c d d d"], points: Float[Tensor, "j k 3"]) -> Float[Tensor, "c j k"]:
