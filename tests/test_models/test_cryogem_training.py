@@ -26,6 +26,7 @@ from models.cryogem.trainer import CryogemTrainer
 from models.cryogem.training import train_cryogem
 from models.cryogem.translation import load_generator, translate
 from models.optics.ctf_fit import Microscope
+from models.weights import load_checkpoint, save_checkpoint
 
 _ROOT = Path(__file__).parents[2]
 SETTINGS = CryogemSettings(
@@ -226,6 +227,44 @@ def test_another_configuration_does_not_go_on_in_the_same_folder(tmp_path):
     train_cryogem(make_bank(), SETTINGS, tmp_path)
     with pytest.raises(ValueError, match=r"training\.seed 0 → 5"):
         train_cryogem(make_bank(), changed(seed=5), tmp_path)
+
+
+def test_a_checkpoint_from_before_a_setting_goes_on_with_its_default(tmp_path):
+    train_cryogem(make_bank(), SETTINGS, tmp_path)
+    path = tmp_path / "checkpoint.safetensors"
+    loaded = load_checkpoint(path)
+    metadata = dict(loaded.metadata)
+    del metadata["settings"]["networks"]["output"]
+    del metadata["cpu_s"]
+    save_checkpoint(path, loaded.tensors, metadata)
+    assert train_cryogem(make_bank(), SETTINGS, tmp_path).step > 0
+    other = dataclasses.replace(SETTINGS, networks=dataclasses.replace(SETTINGS.networks, output="change"))
+    with pytest.raises(ValueError, match=r"networks\.output 'image' → 'change'"):
+        train_cryogem(make_bank(), other, tmp_path)
+
+
+def test_a_generator_that_gives_a_change_begins_as_the_identity_and_leaves_it():
+    networks = dataclasses.replace(SETTINGS.networks, output="change")
+    settings = dataclasses.replace(SETTINGS, networks=networks)
+    trainer = CryogemTrainer(settings)
+    source = PairSource(build_physics(make_bank(), PhysicsSettings()), settings.training)
+    pair = source.pair(0)
+    assert torch.equal(translate(trainer.generator, pair.source[0, 0]), pair.source[0, 0].clamp(-1.0, 1.0))
+    trainer.step(pair, trainer.draw_places(pair.mask, 0))
+    moved = translate(trainer.generator, pair.source[0, 0]) - pair.source[0, 0]
+    assert float(moved.abs().max()) > 1e-4
+    assert not torch.equal(
+        translate(CryogemTrainer(SETTINGS).generator, pair.source[0, 0]), pair.source[0, 0]
+    )
+    with pytest.raises(ValueError, match="output: 'sum'"):
+        NetworkSettings(output="sum")
+
+
+def test_processor_time_is_counted_over_a_stop(tmp_path):
+    first = train_cryogem(make_bank(), SETTINGS, tmp_path)
+    again = train_cryogem(make_bank(), SETTINGS, tmp_path)
+    assert first.cpu_s > 0.05
+    assert again.cpu_s >= 0.9 * first.cpu_s
 
 
 def test_a_checkpoint_cut_short_is_an_error_that_names_it(tmp_path):
