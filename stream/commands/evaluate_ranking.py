@@ -66,7 +66,8 @@ def evaluate_ranking(
 ) -> None:
     """Refine the best, the worst and random particles by score alike, and compare the maps with a known structure.
 
-    All subsets have the same number of particles, half sets drawn alike, and start from the reference's 30 Å shape.
+    All subsets have the same number of particles, half sets drawn alike, and start from the reference's 30 Å shape. With
+    several random subsets their mean and spread say how much of a difference is chance.
 
     Example: icestream evaluate ranking particles.star --reference 8bk7.cif.gz --symmetry D2 --out ranking
     """
@@ -93,16 +94,19 @@ def evaluate_ranking(
         with console.status(f"refining {name}"):
             maps = _refine(folder, particles.absolute().parent, start, symmetry, effort, threads, seed)
         found.append(yardstick.measure(name, maps, scores[rows]))
+    spread = random_spread(found)
     result = {
         "model": document["model"],
         "particles": len(scores),
         "particles_per_subset": size,
         "subsets": [asdict(figures) for figures in found],
+        "random": spread,
     }
     if as_json:
         print_json(result)
     else:
         _print_table(found)
+        console.print(*(_sentence(measure, of) for measure, of in spread.items()), sep="\n")
 
 
 def subsets(
@@ -122,6 +126,41 @@ def subsets(
     for index in range(n_random):
         yield f"random{index + 1}", np.sort(rng.choice(scored, size, replace=False))
     yield "worst", np.sort(order[-size:])
+
+
+def random_spread(found: list[SubsetFigures]) -> dict[str, dict[str, float | int | None]]:
+    """Return per measure the random subsets' mean and sample standard deviation, and how the best subset stands to them.
+
+    `best_in_deviations` is the best one's distance from the mean in these deviations. A single random subset has no
+    deviation: None. Random subsets of one data set overlap, so the deviation is somewhat less than between independent draws.
+    """
+    import numpy as np
+
+    best = next(figures for figures in found if figures.subset == "best")
+    drawn = [figures for figures in found if figures.subset.startswith("random")]
+    spread: dict[str, dict[str, float | int | None]] = {}
+    for measure in ("half_map_fsc_mean", "reference_fsc_mean", "reference_correlation"):
+        values = np.array([getattr(figures, measure) for figures in drawn], float)
+        above = float(getattr(best, measure)) - float(values.mean())
+        deviation = float(values.std(ddof=1)) if len(values) > 1 else None
+        spread[measure] = {
+            "mean": float(values.mean()),
+            "standard_deviation": deviation,
+            "best_above_mean": above,
+            "best_in_deviations": above / deviation if deviation else None,
+            "beaten_by_best": int((values < getattr(best, measure)).sum()),
+            "subsets": len(values),
+        }
+    return spread
+
+
+def _sentence(measure: str, of: dict[str, float | int | None]) -> str:
+    deviation = of["standard_deviation"]
+    spread = "" if deviation is None else f" ± {deviation:.3f}"
+    return (
+        f"{measure}: random {of['mean']:.3f}{spread}, best {of['best_above_mean']:+.3f},"
+        f" better than {of['beaten_by_best']} of {of['subsets']}"
+    )
 
 
 def _halves(n: int, seed: int) -> NDArray[np.int64]:
