@@ -38,7 +38,7 @@ from models.fourier.point_groups import symmetry_matrices
 from models.fourier.rotations import euler_to_matrix
 from models.fourier.volumes import resample_volume
 from models.reconstruction.acceptance import ROUND_SHARE
-from models.reconstruction.cross_evidence import cross_half_evidence
+from models.reconstruction.cross_evidence import SHARED_MISTAKES, cross_half_evidence
 from models.reconstruction.fsc import masked_fsc
 from models.reconstruction.half_set import WarmPoses
 from models.reconstruction.halfmaps import combine_halves
@@ -376,7 +376,7 @@ def _finish(
         mask = mask_from_map(0.5 * (result.half1 + result.half2), pixel_size)
     curves = masked_fsc(result.half1, result.half2, mask, pixel_size, generator=generator)
     evidence = cross_half_evidence(
-        data, particles.half_set, (result.half1, result.half2), curves.unmasked, mask, generator
+        data, particles.half_set, (result.half1, result.half2), curves.unmasked, mask, group, generator
     )
     if curves.resolution_angstrom is None:
         notes.append("the halves do not correlate beyond chance: no resolution")
@@ -387,6 +387,11 @@ def _finish(
             "no resolution"
         )
         curves = replace(curves, resolution_angstrom=None, is_at_nyquist=False)
+    elif evidence.elsewhere > SHARED_MISTAKES:
+        notes.append(
+            f"about {100 * evidence.elsewhere:.0f} % of the poses may be those of another, nearly equal view: both "
+            "halves make the same mistakes, so that the resolution is probably too high"
+        )
     combined = combine_halves(
         result.half1, result.half2, curves.corrected, pixel_size, curves.resolution_angstrom
     )

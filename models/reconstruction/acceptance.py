@@ -26,7 +26,8 @@ from torch import Tensor
 
 from models.reconstruction.alignment import align_volumes
 from models.reconstruction.blobs import pose_errors_deg
-from models.reconstruction.fine_em import Finalist, decided
+from models.reconstruction.fine_em import Finalist
+from models.reconstruction.fine_poses import decided
 from models.reconstruction.online_em import EmResult, OnlineEmSettings, evidence_of, held_out_rows
 from models.reconstruction.particle_data import ParticleData
 from models.reconstruction.sufficient import ReconstructionGrid

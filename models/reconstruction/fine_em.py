@@ -10,12 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from models.reconstruction.expectation import CoarseSearch
 from models.reconstruction.fine_poses import find_fine_poses
 from models.reconstruction.grids import random_rotations, so3_grid
-from models.reconstruction.online_em import EmProgress, EmResult, OnlineEm, fine_shift_search
+from models.reconstruction.online_em import EmProgress, EmResult, OnlineEm
 from models.reconstruction.particle_data import ParticleData
 from models.reconstruction.pose_search import Hypotheses
 from models.reconstruction.projector import insert_slices
@@ -48,14 +46,9 @@ class FineEm:
 
     def find_poses(self, data: ParticleData) -> Hypotheses:
         """Return the images' poses in the map as it is."""
-        em, s, box = self.em, self.em.settings, data.box_size_px
+        em = self.em
         turn = random_rotations(1, em.generator)[0]
-        search = fine_shift_search(box, s)
-        coarse = em.coarse_search(data.plane) or CoarseSearch(search, len(data.plane))
-        return find_fine_poses(
-            data, em.cube, em.inverse_noise, self.grid @ turn, search, coarse,
-            shift_step_px=s.shift_step_fraction * box, shift_sigma_px=s.shift_sigma_fraction * box,
-        )  # fmt: skip
+        return find_fine_poses(data, em.cube, em.inverse_noise, self.grid @ turn, em.settings)
 
     def step(self) -> EmProgress:
         """Run one iteration: poses of a batch, the sums of its two sub-halves, a new map."""
@@ -97,9 +90,3 @@ class FineEm:
     def finalist(self) -> Finalist:
         """Return the map with the held-out images' evidence and poses."""
         return Finalist(self.em.result(), self.find_poses(self.em.data.take(self.em.held_out)))
-
-
-def decided(poses: Hypotheses, minimum_mass: float) -> Tensor:
-    """Say of which images one mode holds at least `minimum_mass` of the posterior."""
-    is_decided: Tensor = torch.softmax(poses.scores, dim=1)[:, 0] >= minimum_mass
-    return is_decided

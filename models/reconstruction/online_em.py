@@ -197,7 +197,7 @@ class OnlineEm:
         projections = Projections.of_grid(self.cube, rotations, batch.plane)
         half = len(batch) // 2
         beta = self._find_temperature(batch, projections, search)
-        coarse = self.coarse_search(batch.plane) if is_fine else None
+        coarse = coarse_search(batch.plane, self.settings) if is_fine else None
         inverse_noise = self.inverse_noise[: len(batch.plane)]
         halves = torch.cat([
             sum_slices(batch.take(part), inverse_noise, projections, search, beta, coarse)
@@ -257,13 +257,6 @@ class OnlineEm:
             is_broad = _share_of_poses(scores * math.exp(middle)) > target
             low, high = (middle, high) if is_broad else (low, middle)
         return math.exp(0.5 * (low + high))
-
-    def coarse_search(self, plane: HalfPlane) -> CoarseSearch | None:
-        """Return the first of two steps, None while the radius is too small for two to pay."""
-        n = plane.count_within(PRUNING_SHELL)
-        if len(plane) < 1.3 * n:
-            return None
-        return CoarseSearch(_shift_search(self.data.box_size_px, self.settings, is_fine=False), n)
 
     def update_map(self, shell: float) -> None:
         """Solve the sub-halves for the radial prior and the sum for the map; constrain it in real space."""
@@ -344,6 +337,14 @@ def evidence_of(
 def fine_shift_search(box_size_px: int, settings: OnlineEmSettings) -> ShiftSearch:
     """Return the shifts of the last iterations, with their prior."""
     return _shift_search(box_size_px, settings, is_fine=True)
+
+
+def coarse_search(plane: HalfPlane, settings: OnlineEmSettings) -> CoarseSearch | None:
+    """Return the first of two steps, None while the radius is too small for two to pay."""
+    n = plane.count_within(PRUNING_SHELL)
+    if len(plane) < 1.3 * n:
+        return None
+    return CoarseSearch(_shift_search(plane.box_size_px, settings, is_fine=False), n)
 
 
 def _shift_search(box_size_px: int, settings: OnlineEmSettings, *, is_fine: bool) -> ShiftSearch:

@@ -150,7 +150,13 @@ def refine_set(one: HonestySet, seed: int) -> dict[str, Any]:
     mask = mask_from_map(whole, pixel)
     curves = masked_fsc(result.half1, result.half2, mask, pixel, generator=generator)
     evidence = cross_half_evidence(
-        refinement.data, half, (result.half1, result.half2), curves.unmasked, mask, generator
+        refinement.data,
+        half,
+        (result.half1, result.half2),
+        curves.unmasked,
+        mask,
+        torch.eye(3)[None],
+        generator,
     )
     claimed = curves.resolution_angstrom if evidence.is_supported else None
     document = {
@@ -158,6 +164,7 @@ def refine_set(one: HonestySet, seed: int) -> dict[str, Any]:
         "pixel_size_angstrom": pixel, "resolution_angstrom": claimed,
         "fsc_angstrom": curves.resolution_angstrom, "is_at_nyquist": curves.is_at_nyquist,
         "cross_evidence_nats": evidence.log_evidence, "cross_evidence_z": evidence.z,
+        "elsewhere": evidence.elsewhere,
         "cpu_s": round(time.process_time() - started, 1),
     }  # fmt: skip
     if one.snr == 0.0:
@@ -171,6 +178,7 @@ def refine_set(one: HonestySet, seed: int) -> dict[str, Any]:
         "truth_angstrom": found,
         "difference": difference,
         "median_error_deg": float(errors.median()),
+        "share_beyond_30_deg": float((errors > 30.0).float().mean()),
         "junk_mean_weight": float(result.weights[particles.is_junk].mean()),
         "mean_weight": float(result.weights[real].mean()),
     }

@@ -8,6 +8,7 @@ import torch
 from models.reconstruction.acceptance import MINIMUM_AGREEMENT, agreement_of
 from models.reconstruction.blobs import BlobPhantom, BlobSet, pose_errors_deg, simulate_blob_images
 from models.reconstruction.expectation import score_chosen
+from models.reconstruction.cross_evidence import cross_half_evidence
 from models.reconstruction.fine_em import Finalist, FineEm
 from models.reconstruction.grids import half_turned, random_rotations, shift_grid, so3_grid
 from models.reconstruction.online_em import EmResult, OnlineEm, OnlineEmSettings
@@ -126,3 +127,17 @@ def test_maps_agree_by_the_poses_of_decided_images() -> None:
     assert agreement_of(poses_of(rotations, 5.0), poses_of(turned, 5.0)) == pytest.approx(2 / 3, abs=0.02)
     # Where no image is decided (a symmetric particle) poses say nothing, and the maps are compared: here they are equal.
     assert agreement_of(poses_of(rotations, 0.1), poses_of(turned, 5.0)) > 0.95
+
+
+def test_the_share_of_poses_elsewhere_is_what_the_images_leave_open() -> None:
+    """A nearly twofold particle in noise: how many poses are the other view's is told without the truth."""
+    phantom = nearly_twofold()
+    noisy = simulate_blob_images(phantom, 200, gen(8), snr=0.06, pixel_size_angstrom=6.0, shift_sigma_px=0.6)
+    volume, half_set = phantom.volume(), torch.arange(200) % 2 + 1
+    fsc, mask, one = torch.ones(16), torch.ones(volume.shape), torch.eye(3)[None]
+    found = cross_half_evidence(noisy.data, half_set, (volume, volume), fsc, mask, one, gen(9))
+    right = started_from(noisy, volume)
+    poses = right.find_poses(right.em.data).rotations[:, 0]
+    errors = pose_errors_deg(poses, noisy.rotations, is_hand_free=False)
+    assert found.elsewhere > 0.08
+    assert found.elsewhere == pytest.approx(float((errors > 30.0).float().mean()), abs=0.06)
