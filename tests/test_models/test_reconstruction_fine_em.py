@@ -7,8 +7,8 @@ import torch
 
 from models.reconstruction.acceptance import MINIMUM_AGREEMENT, agreement_of
 from models.reconstruction.blobs import BlobPhantom, BlobSet, pose_errors_deg, simulate_blob_images
-from models.reconstruction.expectation import score_chosen
 from models.reconstruction.cross_evidence import cross_half_evidence
+from models.reconstruction.expectation import score_chosen
 from models.reconstruction.fine_em import Finalist, FineEm
 from models.reconstruction.grids import half_turned, random_rotations, shift_grid, so3_grid
 from models.reconstruction.online_em import EmResult, OnlineEm, OnlineEmSettings
