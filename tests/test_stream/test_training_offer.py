@@ -17,6 +17,7 @@ from still_service import StillRuntime, StillSource
 from story import found, make_settings, preprocessed, ranked, replay, run_result, tell
 from typer.testing import CliRunner
 
+from actors.cryogem.virtual_session import VirtualSessionSettings, write_virtual_session
 from stream.app import Service, write_session
 from stream.cli import app
 from stream.config import CryogemChoice, SessionSettings
@@ -29,7 +30,7 @@ from stream.status import load_status, summarize
 from stream.store.journal import Journal, read_journal
 from stream.store.layout import OutputLayout
 from stream.telemetry.metrics import Telemetry
-from stream.training_job import CONFIG_FILE, RESULT_FILE, TrainingRunner
+from stream.training_job import CONFIG_FILE, PROGRAM, RESULT_FILE, TrainingRunner
 
 PLACE = TrainingPolicy(min_micrographs=3, no_place=None)
 TRAINING = """
@@ -85,7 +86,9 @@ def layout(settings: SessionSettings) -> OutputLayout:
     return layout
 
 
-def open_service(settings: SessionSettings, layout: OutputLayout, tmp_path: Path) -> Service:
+def open_service(
+    settings: SessionSettings, layout: OutputLayout, tmp_path: Path, *, program: tuple[str, ...] = ()
+) -> Service:
     script = tmp_path / "train.py"
     script.write_text(textwrap.dedent(TRAINING))
     journal = Journal(layout.journal)
@@ -104,7 +107,7 @@ def open_service(settings: SessionSettings, layout: OutputLayout, tmp_path: Path
         source=StillSource(),
         runtime=StillRuntime(),
         telemetry=telemetry,
-        trainer=TrainingRunner(settings, program=(sys.executable, str(script))),
+        trainer=TrainingRunner(settings, program=program or (sys.executable, str(script))),
         clock=lambda: float(next(ticks)),
     )
     service.open()
@@ -125,8 +128,8 @@ def decide_while(service: Service, layout: OutputLayout, *arguments: str) -> Non
         asker.join(0.01)
 
 
-def step_until(service: Service, state: TrainingState, words: str = "") -> None:
-    deadline = time.monotonic() + 20.0
+def step_until(service: Service, state: TrainingState, words: str = "", *, timeout_s: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         service.step(0.0)
         desk = service.controller.training
@@ -289,3 +292,48 @@ def test_a_session_of_a_person_who_never_asked_trains_nothing(settings, layout, 
     assert not (layout.root / "trainings").exists()
     with pytest.raises(ConfigurationError):
         make_settings(tmp_path, cryogem={"cores": 1})
+
+
+@pytest.mark.slow
+def test_a_real_training_ends_with_a_generator(tmp_path, monkeypatch):
+    """The process that a service starts trains on the session's own files and says where its generator is."""
+    monkeypatch.undo()
+    virtual = VirtualSessionSettings(
+        n_micrographs=3,
+        shape_yx_px=(192, 256),
+        pixel_size_angstrom=6.0,
+        structure="phantom:3:mass_kda=300",
+        particles_per_micrograph=14.0,
+    )
+    layout = write_virtual_session(tmp_path / "out", virtual)
+    diameter = yaml.safe_load(layout.session.read_text())["particle"]["diameter_angstrom"]
+    sizes = {
+        "source": {"session": "wherever", "short_side_px": 128},
+        "networks": {"depth": 4, "generator_filters": 4, "discriminator_filters": 4, "nce_levels": [1, 2]},
+        "training": {
+            "n_simulated": 2,
+            "crop_px": 64,
+            "constant_epochs": 5,
+            "decay_epochs": 0,
+            "n_queries": 16,
+        },
+    }
+    (tmp_path / "sizes.yaml").write_text(yaml.safe_dump(sizes))
+    settings = make_settings(
+        tmp_path,
+        particle={"diameter_angstrom": diameter},
+        cryogem={"cpus": 1, "min_micrographs": 3, "config": str(tmp_path / "sizes.yaml")},
+        policy={"rungs": [100], "final_min_particles": 50},
+    )
+    with Journal(layout.journal) as journal:
+        write_session(settings, layout)
+        journal.append(history(settings))
+    service = open_service(settings, layout, tmp_path, program=PROGRAM)
+    decide_while(service, layout, "--train-cryogem")
+    step_until(service, TrainingState.DONE, timeout_s=240.0)
+    service.close()
+    folder = layout.training("d1")
+    document = json.loads((folder / RESULT_FILE).read_text())
+    assert Path(document["checkpoint"]).parent == folder
+    assert document["micrographs"] == 3
+    assert ("running", "step 10 of 10") in trainings(layout)
