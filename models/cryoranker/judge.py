@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -35,6 +36,8 @@ from models.cryoranker.templates import MODELLED_KINDS
 HELD_OUT_SEEDS = range(500_000, 500_006)
 """Phantoms for judging; training configurations start at 1000 and never come here."""
 _BASELINE_SEEDS = range(1000, 1016)
+_MOVED_PX = (20, 10)
+"""How far real particles are moved off their centres: 22 px, beyond a small particle's edge in boxes of 64 px."""
 _STRUCTURE_SUFFIXES = (".pdb", ".cif", ".pdb.gz", ".cif.gz")
 
 
@@ -59,6 +62,8 @@ class Judgement:
     limit: LimitedComparison
     auc_by_structure: dict[str, float]
     accepted_by_kind: dict[str, float]
+    particles_per_cpu_second: float
+    """From float32 boxes to scores and features, on as many threads as the ranker has."""
 
 
 def held_out_specs(models: Path, snrs: Sequence[float], boxes_px: Sequence[int]) -> tuple[HeldOutSpec, ...]:
@@ -75,7 +80,9 @@ def judge(
 ) -> Judgement:
     """Return the figures of a ranker and of what it is compared with on one set."""
     images = held_out.images.astype(np.float32)
+    started = time.process_time()
     scores, labels = ranker.score(images)[0], held_out.labels
+    spent_s = time.process_time() - started
     grey = to_grey_levels(images, ranker.info.input_size_px, ranker.info.resize_mode, is_exact=False)
     is_modelled = np.isin(held_out.kinds, MODELLED_KINDS)
     return Judgement(
@@ -102,6 +109,7 @@ def judge(
             for is_it in [_is_clear(held_out, kind)]
             if is_it.any()
         },
+        particles_per_cpu_second=len(images) / max(spent_s, 1e-9),
     )
 
 
@@ -153,14 +161,17 @@ def spectrum_features(grey: NDArray[np.uint8]) -> NDArray[np.float64]:
     return np.stack(rows)
 
 
-def score_star_stacks(ranker: OnnxRanker, folder: Path) -> NDArray[np.float32]:
-    """Return the scores of all images of all `.mrcs` stacks of a folder, stacks in name order."""
+def score_star_stacks(
+    ranker: OnnxRanker, folder: Path, *, moved_px: tuple[int, int] = (0, 0)
+) -> NDArray[np.float32]:
+    """Return the scores of all images of all `.mrcs` stacks of a folder, stacks in name order; `moved_px` moves each (y, x)."""
     import mrcfile
 
     parts = []
     for path in sorted(folder.rglob("*.mrcs")):
         with mrcfile.open(path, permissive=True) as stack:
-            parts.append(ranker.score(np.atleast_3d(np.asarray(stack.data, np.float32)))[0])
+            images = np.atleast_3d(np.asarray(stack.data, np.float32))
+            parts.append(ranker.score(np.roll(images, moved_px, axis=(1, 2)))[0])
     if not parts:
         msg = f"{folder}: no .mrcs stacks"
         raise ValueError(msg)
@@ -188,7 +199,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, required=True, help="folder of PDB/mmCIF files")
     parser.add_argument("--particles", type=Path, help="folder of real .mrcs stacks")
     parser.add_argument("--snr", type=float, nargs="+", default=[0.05])
-    parser.add_argument("--box", type=int, nargs="+", default=[64, 128], help="box sizes in px")
+    parser.add_argument("--box", type=int, nargs="+", default=[64, 128, 256], help="box sizes in px")
     parser.add_argument("--cache", type=Path, default=Path("~/.cache/icestream/ranker"))
     parser.add_argument("--processes", type=int, default=1)
     given = parser.parse_args()
@@ -202,6 +213,8 @@ def main() -> None:
     ]
     if given.particles is not None:
         document["real"] = summary(score_star_stacks(ranker, given.particles))
+        moved = score_star_stacks(ranker, given.particles, moved_px=_MOVED_PX)
+        document["real_moved"] = summary(moved)
     sys.stdout.write(json.dumps(document, indent=1) + "\n")
 
 
