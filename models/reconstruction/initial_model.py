@@ -2,8 +2,9 @@
 
 Starts differ in seed and, every second one, in the radius they begin with: dwelling at low resolution helps most
 structures and traps those that are nearly symmetric there. All of them search in C1 and run to half time; the
-likeliest of each kind go on to the end. Where images have other poses in the one than in the other, both go on with fine
-poses (`fine_em`); then the others follow and as many new ones, one by one, until a second map agrees with the best. With a point group all starts go to the end and agreement is not
+likeliest of each kind go on to the end. Where images have other poses in the one than in the other, both go on: while
+their evidence rises, then with fine poses (`fine_em`). Where that does not help the others join and as many new ones, one by
+one, and the likeliest two go on, until a second map agrees with the best. With a point group all starts go to the end and agreement is not
 asked for: the group is imposed on several candidate frames of the maps, each polished by EM within the group, and
 again the held-out likelihood chooses: it knows the images, the symmetry score only the map.
 """
@@ -35,6 +36,9 @@ SECOND_FIRST_SHELL = 7.0
 
 FINE_BLOCK = 5
 """Iterations with fine poses between two comparisons: most of a pass over 3,000 images."""
+
+ROUNDS_OF_TWO = 2
+"""Rounds in which two starts go on (while they rise; a block) before another joins in each."""
 
 MAX_FINE_STEPS = 20
 """Of one start; ClpB's mixture of two registers came apart within ten."""
@@ -92,44 +96,51 @@ def find_initial_model(
         starts[index].run_to_end(_named(names[index], on_progress))
         return starts[index].result()
 
-    def refine(index: int) -> Finalist:
-        fine = fines.setdefault(index, FineEm(starts[index]))
-        if index in finalists:
-            fine.run(FINE_BLOCK, _named(names[index], on_progress))
-        return fine.finalist()
+    def compare(index: int) -> Finalist:
+        starts[index].run_to(settings.n_iterations, _named(names[index], on_progress))
+        fines[index] = FineEm(starts[index])
+        return fines[index].finalist()
+
+    def go_on(index: int) -> Finalist:
+        if index not in extended:
+            extended.add(index)
+            starts[index].run_to_end(_named(names[index], on_progress))
+        else:
+            fines[index].run(FINE_BLOCK, _named(names[index], on_progress))
+        return fines[index].finalist()
 
     def judge() -> torch.Generator:
         return torch.Generator().manual_seed(seed)
 
-    fines, finalists = dict[int, FineEm](), dict[int, Finalist]()
+    fines, finalists, extended = dict[int, FineEm](), dict[int, Finalist](), set[int]()
     with fast_products(), ThreadPoolExecutor(max_workers=max(1, n_threads)) as pool:
         starts = dict(enumerate(pool.map(begin, range(n_starts))))
         early = list(pool.map(lambda em: float(em.held_out_evidence().double().mean()), starts.values()))
         order = _alternate(sorted(starts, key=lambda i: -early[i]))
         # In C1 a symmetric particle's starts need not look alike: every one is polished within the group instead.
         chosen = order[:2] if len(group) == 1 else order
-        finished = dict(zip(chosen, pool.map(finish, chosen), strict=True))
         agreement = None
-        if len(group) == 1:
-            finalists |= dict(zip(chosen, pool.map(refine, chosen), strict=True))
+        if len(group) > 1:
+            finished = dict(zip(chosen, pool.map(finish, chosen), strict=True))
+        else:
+            finalists |= dict(zip(chosen, pool.map(compare, chosen), strict=True))
             agreement = _agreement(finalists)
-            more_starts = [*order[2:], *range(n_starts, 2 * n_starts)]
+            more_starts, n_rounds = [*order[2:], *range(n_starts, 2 * n_starts)], 0
             while agreement is not None and agreement < MINIMUM_AGREEMENT:
-                likeliest = finalists[_by_score(finalists)[0]]
-                if not judge_seed(data, likeliest.result, settings, judge()).is_accepted:
+                likeliest = _by_score(finalists)[:2]
+                if not judge_seed(data, finalists[likeliest[0]].result, settings, judge()).is_accepted:
                     break
-                unfinished = [i for i in finalists if fines[i].n_steps < MAX_FINE_STEPS]
-                if unfinished:
-                    finalists |= dict(zip(unfinished, pool.map(refine, unfinished), strict=True))
-                elif more_starts:
+                unfinished = [i for i in likeliest if fines[i].n_steps < MAX_FINE_STEPS]
+                if n_rounds >= ROUNDS_OF_TWO and more_starts:
                     index = more_starts.pop(0)
                     if index not in starts:
                         starts[index] = begin(index)
-                    finish(index)
-                    finalists[index] = refine(index)
-                else:
+                    finalists[index] = compare(index)
+                elif not unfinished:
                     break
+                finalists |= dict(zip(unfinished, pool.map(go_on, unfinished), strict=True))
                 agreement = _agreement(finalists)
+                n_rounds += 1
             finished = {i: finalists[i].result for i in _by_score(finalists)}
     ranked = list(finished) if finalists else sorted(finished, key=lambda i: -finished[i].log_evidence)
     results = [finished[i] for i in ranked]
