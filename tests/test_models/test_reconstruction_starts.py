@@ -29,6 +29,8 @@ def find(data: ParticleData, monkeypatch: pytest.MonkeyPatch, agreement: float) 
         return agreement
 
     monkeypatch.setattr(initial_model, "agreement_of", agree)
+    monkeypatch.setattr(initial_model, "FINE_BLOCK", 1)
+    monkeypatch.setattr(initial_model, "MAX_FINE_STEPS", 2)
     return find_initial_model(data, SETTINGS, torch.eye(3)[None], n_starts=3, seed=0)
 
 
