@@ -35,7 +35,7 @@ def bench(
         str | None,
         typer.Option(
             help="convergence: structures and seeds (rod:0-3,antibody); engine: sets (ribozyme,betagal); "
-            "honesty: set0-4,noise,views; cryogem: cryogem,no-guidance,cut."
+            "honesty: set0-4,noise,views; cryogem: cryogem,no-guidance,cut; views, junk: with, without."
         ),
     ] = None,
     box_px: Annotated[int | None, typer.Option(help="engine: side of the images.")] = None,
@@ -47,7 +47,7 @@ def bench(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Rerun one benchmark; convergence, cryogem, engine and honesty keep what they did in --folder and go on from there."""
+    """Rerun one benchmark; convergence, cryogem, engine, honesty, junk and views keep what they did in --folder and go on from there."""
     if name not in (*BENCHMARKS, *LONG_BENCHMARKS):
         known = ", ".join((*BENCHMARKS, *LONG_BENCHMARKS))
         raise ConfigurationError("bench", f"a benchmark is one of {known}", name)
@@ -199,11 +199,21 @@ def _engine(
 def _views(
     folder: Path, size: int | None, part: str | None, box_px: int | None, limit_s: float | None
 ) -> Figures:
-    from stream.commands.bench_views import run_views_benchmark
+    from stream.commands.bench_views import N_PARTICLES, run_views_benchmark
 
     if limit_s is not None:
         raise ConfigurationError("--limit-s", "it belongs to `bench engine`", "views")
-    return run_views_benchmark(folder, n_particles=size or 2_000, part=part, box_px=box_px)
+    return run_views_benchmark(folder, n_particles=size or N_PARTICLES, part=part, box_px=box_px)
+
+
+def _junk(
+    folder: Path, size: int | None, part: str | None, box_px: int | None, limit_s: float | None
+) -> Figures:
+    from stream.commands.bench_junk import N_GOOD, run_junk_benchmark
+
+    if limit_s is not None or box_px is not None:
+        raise ConfigurationError("--limit-s, --box-px", "they belong to `bench engine`", "junk")
+    return run_junk_benchmark(folder, n_good=size or N_GOOD, part=part)
 
 
 def _cryogem(
@@ -221,5 +231,6 @@ LONG_BENCHMARKS: dict[str, Callable[[Path, int | None, str | None, int | None, f
     "cryogem": _cryogem,
     "engine": _engine,
     "honesty": _honesty,
+    "junk": _junk,
     "views": _views,
 }

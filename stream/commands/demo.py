@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,6 +17,9 @@ from stream.commands.common import AsJson, console, print_json
 from stream.config import SessionSettings, parse_settings
 from stream.records.errors import ConfigurationError, ResourceError
 from stream.records.events import ExposureFound, ExposureRanked
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # A session that two cores can follow within a quarter of an hour; everything else is as at a microscope.
 MOVIE_SIZE_PX = 1024
@@ -195,6 +198,12 @@ def measure_truth_resolution(run: Path, truth: Path) -> float | None:
 
     0.5 against a noiseless truth corresponds to 0.143 between two half maps (Rosenthal & Henderson 2003).
     """
+    resolution, _ = compare_with_truth(run, truth)
+    return resolution
+
+
+def compare_with_truth(run: Path, truth: Path) -> tuple[float | None, Tensor]:
+    """Return the resolution at FSC 0.5 of a run's masked map with the aligned true density, and the curve."""
     import mrcfile
     import torch
 
@@ -212,8 +221,7 @@ def measure_truth_resolution(run: Path, truth: Path) -> float | None:
     reference = resample_volume(density, truth_pixel, pixel, int(volume.shape[0]))
     alignment = align_volumes(reference, volume, pixel, generator=torch.Generator().manual_seed(0))
     aligned = apply_alignment(reference, alignment)
-    resolution, _ = truth_resolution(volume, aligned, pixel, mask)
-    return resolution
+    return truth_resolution(volume, aligned, pixel, mask)
 
 
 def _quantile(values: Sequence[float], q: float) -> float | None:
