@@ -3,7 +3,7 @@
 A run draws particles of known pose, finds a map from nothing and matches particles against it on the search's own
 grid. It is *solved* if their median pose error, after the one rotation (and hand) that no map can know, is at most
 1.5 times that of matching against the true map. Runs are appended to `runs.jsonl` one by one, and those that are
-there already are not run again: the whole of it takes hours on one core.
+there already are not run again: the whole of it takes hours on one core. Runs of another `RECIPE` do not count.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ N_PARTICLES = 3_000
 SNR = 0.05
 JUNK_FRACTION = 0.05
 N_STARTS = 4
+RECIPE = "pairs, fine poses, agreement of poses"
+"""What the search does; to be renamed where that changes, so that runs of different recipes are not counted together."""
+
 MAX_RATIO = 1.5
 """Solved: the median error is at most this multiple of the error against the true map."""
 
@@ -95,8 +98,9 @@ def _parse_part(part: str | None, n_seeds: int) -> list[tuple[str, range]]:
 
 
 def read_runs(path: Path) -> list[dict[str, Any]]:
-    """Return the runs that are in the file, none where there is no file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    """Return the runs of this recipe that are in the file, none where there is no file."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return [run for run in map(json.loads, lines) if run.get("recipe") == RECIPE]
 
 
 def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -152,6 +156,7 @@ def run_once(name: str, seed: int, folder: Path) -> dict[str, Any]:
     return {
         "structure": name,
         "seed": seed,
+        "recipe": RECIPE,
         "n_particles": N_PARTICLES,
         "pixel_size_angstrom": pixel,
         "is_solved": error <= MAX_RATIO * oracle,

@@ -61,19 +61,24 @@ def test_runs_that_are_done_are_not_run_again(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(bench_convergence, "run_once", run)
     run_convergence_benchmark(tmp_path, part="rod:0-1,antibody:3")
-    figures = run_convergence_benchmark(tmp_path, part="rod:0-2")
-    assert ran == [("rod", 0), ("rod", 1), ("antibody", 3), ("rod", 2)]
+    # One seed of every structure after the other.
+    figures = run_convergence_benchmark(tmp_path, part="antibody:1-2,rod:0-2")
+    assert ran == [("rod", 0), ("rod", 1), ("antibody", 3), ("antibody", 1), ("antibody", 2), ("rod", 2)]
     assert [(f["name"], f["value"], f["unit"]) for f in figures] == [
         ("convergence, rod", 3, "of 3 solved"),
-        ("convergence, antibody", 1, "of 1 solved"),
+        ("convergence, antibody", 3, "of 3 solved"),
     ]
-    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 4
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 6
+    # What another recipe did is no part of this one's figures, and is run again.
+    monkeypatch.setattr(bench_convergence, "RECIPE", "another")
+    assert run_convergence_benchmark(tmp_path, part="rod:0")[0]["unit"] == "of 1 solved"
 
 
 def made_up_run(name: str, seed: int, *, error: float, is_refused: bool = False) -> dict[str, Any]:
     return {
         "structure": name,
         "seed": seed,
+        "recipe": bench_convergence.RECIPE,
         "is_solved": error <= 12.0,
         "is_refused": is_refused,
         "median_error_deg": error,
