@@ -1,4 +1,8 @@
-"""Division of a subset's particles into clusters of like views, by k-means++ on their cached features."""
+"""Division of a subset's particles into clusters of like views: by their cached features, or by class averages.
+
+The paper clusters features. Those of a small ranker hardly tell views apart (`ops/benchmarks/views.md`); classes of the
+images do, turned in the plane and shifted onto each other, for a pass through the images more.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,9 @@ from numpy.typing import NDArray
 
 from stream.records.commands import ClusterParticles
 from stream.records.errors import InputError
-from stream.records.values import ClusteringResult
+from stream.records.values import ClusteringRequest, ClusteringResult, ClusterSource
 from stream.sinks.exporter import read_subset, write_labels
-from stream.sinks.relion_star import UID_COLUMN
+from stream.sinks.relion_star import UID_COLUMN, ParticleStar, write_particles_star
 from stream.store.feature_cache import FeatureCache
 from stream.store.layout import OutputLayout
 
@@ -21,19 +25,49 @@ log = logging.getLogger(__name__)
 
 _ROWS_PER_BLOCK = 4_096
 
+_CLASS_ITERATIONS = 14
+
+_CLASS_SHELLS = 10.0
+"""Cycles per box that classes are told apart by: views differ in their outlines, and finer shells are noise."""
+
+_CLASS_BOX_PX = 48
+
 
 def cluster_particles(command: ClusterParticles, layout: OutputLayout) -> ClusteringResult:
-    """Cluster the subset's particles that have a feature, and write their labels.
+    """Divide the subset's particles as the request says, and write their labels.
 
-    Rows are taken in order of uid, so that the clusters do not depend on the order of arrival. Raises
-    `InputError` when fewer particles than clusters have a feature, or when features are not finite.
+    Raises `InputError` when fewer particles than clusters have a feature (or an image that can be used), or when
+    features are not finite.
     """
-    from models.cryoranker.clusters import cluster_features
-
     request = command.request
     started = time.monotonic()
     star = read_subset(layout, command.members, request.model_hash, request.subset)
     uids = np.unique(star.particles[UID_COLUMN].to_numpy(np.uint64))
+    try:
+        if request.source is ClusterSource.CLASSES:
+            known, labels = _by_classes(request, layout, star)
+        else:
+            known, labels = _by_features(request, layout, uids)
+    except ValueError as error:
+        raise InputError(request.clustering_id, "the particles can be told apart by view", error) from error
+    write_labels(layout.cluster_labels(request.clustering_id), known, labels)
+    sizes = tuple(int(size) for size in np.bincount(labels, minlength=request.n_clusters))
+    log.info("particles_clustered clustering=%s sizes=%s", request.clustering_id, sizes)
+    return ClusteringResult(
+        clustering_id=request.clustering_id,
+        sizes=sizes,
+        n_without_features=len(uids) - len(known),
+        folder=layout.relative(layout.clustering(request.clustering_id)),
+        seconds={"cluster": round(time.monotonic() - started, 3)},
+    )
+
+
+def _by_features(
+    request: ClusteringRequest, layout: OutputLayout, uids: NDArray[np.uint64]
+) -> tuple[NDArray[np.uint64], NDArray[np.int16]]:
+    """Cluster by k-means++; rows are taken in order of uid, so that the order of arrival does not matter."""
+    from models.cryoranker.clusters import cluster_features
+
     cache = FeatureCache(layout.features)
     found = np.concatenate(
         [
@@ -47,19 +81,37 @@ def cluster_particles(command: ClusterParticles, layout: OutputLayout) -> Cluste
         for low in range(0, len(known), _ROWS_PER_BLOCK):
             yield cache.features(request.model_hash, known[low : low + _ROWS_PER_BLOCK])[1]
 
+    return known, cluster_features(blocks, request.n_clusters).labels
+
+
+def _by_classes(
+    request: ClusteringRequest, layout: OutputLayout, star: ParticleStar
+) -> tuple[NDArray[np.uint64], NDArray[np.int16]]:
+    """Cluster by class averages of the images, reduced to 48 px; in order of uid, as above."""
+    import torch
+
+    from actors.engines.particle_images import load_particles
+    from models.reconstruction.classification import ClassificationSettings, classify
+
+    path = layout.clustering(request.clustering_id) / "particles.star"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_particles_star(path, star.particles.sort_values(UID_COLUMN, kind="stable"), star.optics)
+    particles = load_particles(path, layout.root, max_box_px=_CLASS_BOX_PX)
+    if len(particles.data) < 2 * request.n_clusters:
+        msg = f"n_clusters: {request.n_clusters}, there are two usable images for each, of {len(particles.data)}"
+        raise ValueError(msg)
+    settings = ClassificationSettings(
+        n_classes=request.n_clusters,
+        n_iterations=_CLASS_ITERATIONS,
+        max_shell=min(_CLASS_SHELLS, particles.data.box_size_px / 2 - 1),
+    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
-        clusters = cluster_features(blocks, request.n_clusters)
-    except ValueError as error:
-        raise InputError(
-            request.clustering_id, "the particles have features to be clustered by", error
-        ) from error
-    write_labels(layout.cluster_labels(request.clustering_id), known, clusters.labels)
-    sizes = tuple(int(size) for size in clusters.sizes)
-    log.info("particles_clustered clustering=%s sizes=%s", request.clustering_id, sizes)
-    return ClusteringResult(
-        clustering_id=request.clustering_id,
-        sizes=sizes,
-        n_without_features=len(uids) - len(known),
-        folder=layout.relative(layout.clustering(request.clustering_id)),
-        seconds={"cluster": round(time.monotonic() - started, 3)},
+        classes = classify(particles.data, settings, torch.Generator().manual_seed(0))
+    finally:
+        torch.set_num_threads(threads)
+    path.unlink()
+    return np.asarray(particles.table.uids, np.uint64)[particles.rows], classes.assignment.numpy().astype(
+        np.int16
     )

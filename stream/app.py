@@ -160,7 +160,7 @@ class Service:
             self._journal.append(pending)
             for event in pending:
                 commands = self.controller.handle(event)
-                self._telemetry.observe(event)
+                self._telemetry.observe(event, score_threshold=self.controller.score_threshold)
                 if self._on_event is not None:
                     self._on_event(event)
                 for command in commands:

@@ -21,7 +21,7 @@ from stream.control.advice import AdviceSettings
 from stream.control.settings import ControllerSettings, RunPolicy
 from stream.control.training import TrainingPolicy
 from stream.records.errors import ConfigurationError
-from stream.records.values import Optics, QualityLimits, SweepPolicy
+from stream.records.values import ClusterSource, Optics, QualityLimits, SweepPolicy
 from stream.store.yaml_files import read_mapping
 
 Voltage = Annotated[float, Field(ge=60, le=400, description="kV; 300000 is in volts")]
@@ -217,6 +217,7 @@ class PolicySettings(_Section):
     )
     orientation_branch: bool = True
     n_clusters: Annotated[int, Field(ge=2, le=64)] = 8
+    cluster_by: Literal["features", "classes"] = "features"
     cluster_min_particles: Annotated[int, Field(ge=50)] = 500
 
     @model_validator(mode="after")
@@ -246,9 +247,10 @@ class PolicySettings(_Section):
 
     def run_policy(self, engine: EngineChoice) -> RunPolicy:
         """Return the policy as the controller's record."""
-        numbers = self.model_dump(exclude={"search"})
+        numbers = self.model_dump(exclude={"search", "cluster_by"})
         return RunPolicy(
             **numbers,
+            cluster_by=ClusterSource(self.cluster_by),
             sweep=SweepPolicy(self.search),
             max_parallel_runs=engine.max_parallel_runs,
             symmetry=engine.symmetry,

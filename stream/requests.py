@@ -115,14 +115,22 @@ def _undo(decision_id: str, controller: Controller, at: float, reason: str, requ
             undoes=decision_id,
         )
     if content.kind is WishKind.FORCE_RUN:
-        rule = "a run that was asked for is not taken back; reject its map (--reject-run)"
-        raise ConfigurationError(decision_id, rule)
+        _require_unfinished(decision_id, controller)
     return SessionDecided(
         at=at,
         wish=Wish(kind=WishKind.UNDO, decision_id=decision_id),
         reason=reason,
         request_id=request_id,
     )
+
+
+def _require_unfinished(decision_id: str, controller: Controller) -> None:
+    """Raise when the runs that a decision asked for are over: there is nothing left to stop."""
+    for campaign in controller.campaigns.values():
+        if decision_id in campaign.asked_by and not campaign.is_active:
+            runs = ", ".join(run.run_id for run in campaign.runs) or "none"
+            rule = f"a run is taken back while it is in work; its runs ({runs}) are over: --reject-run leaves a map out"
+            raise ConfigurationError(decision_id, rule)
 
 
 def take_inbox(inbox: Inbox, controller: Controller, at: float, commit: Callable[[Event], None]) -> None:

@@ -223,7 +223,7 @@ def open_service(
         telemetry = Telemetry(__version__, score_threshold=settings.ranker.score_threshold)
         for event in journal.replay():
             controller.handle(event)
-            telemetry.observe(event, replay=True)
+            telemetry.observe(event, replay=True, score_threshold=controller.score_threshold)
         _commit_configured_limits(settings, journal, controller)
         if n_left := remove_leftovers(layout.stage_folders):
             log.info("leftovers_removed", files=n_left)

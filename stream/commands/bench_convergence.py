@@ -248,11 +248,16 @@ def simulate_particles(name: str, n: int, box_px: int, snr: float, seed: int) ->
 
 def true_volume(name: str, box_px: int) -> tuple[Tensor, float]:
     """Return a structure's density on the box and its pixel size: 3 Å at 64 px for the rod, else what fills 64 %."""
-    from models.simulation.structure import density_from_atoms, read_structure
-
     file = STRUCTURES[name]
     if file is None:
         return near_symmetric_rod(box_px).volume(), 3.0 * 64 / box_px
+    return density_of_model(file, box_px)
+
+
+def density_of_model(file: str, box_px: int) -> tuple[Tensor, float]:
+    """Return the density of one of the test data's atomic models and its pixel size: it fills 64 % of the box."""
+    from models.simulation.structure import density_from_atoms, read_structure
+
     path = Path(os.environ.get("ICESTREAM_TEST_DATA", "../shared/data")) / "models" / file
     if not path.is_file():
         raise ConfigurationError(

@@ -31,6 +31,7 @@ def list_branch_step(campaign: CampaignRecord, policy: RunPolicy) -> Step | None
         return ClusteringDraft(
             subset=subset_of(request, policy.n_clusters * max(policy.search_sizes)),
             n_clusters=policy.n_clusters,
+            source=policy.cluster_by,
             reason=f"no run from nothing reaches the cFAR bound of {policy.cfar_bound:g}: preferred orientation",
         )
     if campaign.clustering.is_in_work:

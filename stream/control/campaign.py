@@ -13,6 +13,7 @@ from stream.records.values import (
     ClusteringId,
     ClusteringRequest,
     ClusteringResult,
+    ClusterSource,
     ParticleSubset,
     RunId,
     RunPurpose,
@@ -40,6 +41,7 @@ class ClusteringDraft:
 
     subset: ParticleSubset
     n_clusters: int
+    source: ClusterSource
     reason: str
 
 
@@ -71,7 +73,10 @@ class ClusteringRecord:
 
 @dataclass(slots=True, kw_only=True)
 class CampaignRecord:
-    """One campaign's story. `members` are frozen when it starts; `is_complete` tells that it was not given up."""
+    """One campaign's story. `members` are frozen when it starts; `is_complete` tells that it was not given up.
+
+    `asked_by` are the decisions of a person that it answers, `is_withdrawn` when it ended because all were taken back.
+    """
 
     request: CampaignRequest
     members: tuple[RunMember, ...]
@@ -81,6 +86,8 @@ class CampaignRecord:
     is_active: bool = True
     is_complete: bool = False
     verdict: str = ""
+    asked_by: frozenset[str] = frozenset()
+    is_withdrawn: bool = False
 
     @property
     def has_work(self) -> bool:
@@ -151,5 +158,6 @@ def request_clustering(request: CampaignRequest, draft: ClusteringDraft) -> Clus
         model_hash=request.model_hash,
         subset=draft.subset,
         n_clusters=draft.n_clusters,
+        source=draft.source,
         reason=draft.reason,
     )

@@ -88,7 +88,7 @@ class RunLadder:
         self._in_work: dict[RunId, RunRecord] = {}
         self._last_members: frozenset[ExposureId] = frozenset()
         self._n_lost = 0
-        self._n_forced_served = 0
+        self._served: frozenset[str] = frozenset()
 
     # --- what others may ask -------------------------------------------------------------------------
 
@@ -137,6 +137,8 @@ class RunLadder:
             return [CampaignStarted(at=at, request=self._plan(due, is_complete=is_complete))]
         if not self._policy.enabled:
             return [self._end(at, active, "runs are switched off")]
+        if self._is_taken_back(active):
+            return [self._end(at, active, "the person who asked for it took it back")]
         repeats = active.request.repeats
         step = find_next_step(active if repeats is None else self.campaigns[repeats], self._policy)
         if isinstance(step, Conclusion):
@@ -169,8 +171,17 @@ class RunLadder:
             for i, draft in enumerate(drafts)
         ]
 
+    def _is_taken_back(self, campaign: CampaignRecord) -> bool:
+        return bool(campaign.asked_by) and not campaign.asked_by & self._wishes.forced
+
+    @property
+    def _last_standing(self) -> CampaignRecord | None:
+        """The last campaign, those that were taken back left out: what is due is as if nobody had asked for them."""
+        standing = (c for c in reversed(self.campaigns.values()) if not c.is_withdrawn)
+        return next(standing, None)
+
     def _find_due(self, *, is_complete: bool) -> Due | None:
-        last = self.last
+        last = self._last_standing
         now = self._standing(is_complete=is_complete)
         due = find_due(now, None if last is None else last.request, self._policy)
         if due is None or last is None or due.trigger is not CampaignTrigger.END:
@@ -212,7 +223,7 @@ class RunLadder:
             is_every_score_current=books.is_every_score_current,
             symmetry=symmetry,
             mask_diameter_angstrom=wishes.mask_diameter_angstrom or policy.mask_diameter_angstrom,
-            is_forced=wishes.n_forced > self._n_forced_served,
+            is_forced=bool(wishes.forced - self._served),
             is_complete=is_complete,
             accepted=None if accepted is None else accepted.run_id,
             is_accepted_current=accepted is not None
@@ -223,7 +234,7 @@ class RunLadder:
     def _plan(self, due: Due, *, is_complete: bool) -> CampaignRequest:
         now = self._standing(is_complete=is_complete)
         campaign_id = CampaignId(f"campaign{len(self.campaigns) + 1:03d}")
-        last = self.last
+        last = self._last_standing
         request = plan_campaign(due, now, None if last is None else last.request, campaign_id, self._policy)
         if due.trigger is CampaignTrigger.END and last is not None and last.is_complete:
             repeats = last.request.campaign_id if self._has_done(last, request) else None
@@ -245,9 +256,10 @@ class RunLadder:
             request=request,
             members=members,
             members_version=self._books.version,
+            asked_by=self._wishes.forced - self._served,
         )
         self._last_members, self._n_lost = frozenset(m.exposure_id for m in members), 0
-        self._n_forced_served = self._wishes.n_forced
+        self._served |= self._wishes.forced
         self._decisions.add(event.at, f"start {describe_campaign(request)}", request.reason)
 
     def end_campaign(self, event: CampaignEnded) -> list[Command]:
@@ -256,6 +268,7 @@ class RunLadder:
         if campaign is None or not campaign.is_active:
             return []
         campaign.is_active, campaign.is_complete, campaign.verdict = False, event.is_complete, event.reason
+        campaign.is_withdrawn = not event.is_complete and self._is_taken_back(campaign)
         self._decisions.add(event.at, f"end {event.campaign_id}", event.reason)
         template = self.template
         if event.accepted is not None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from stream.control.advice import AdviceSettings
 from stream.control.training import TrainingPolicy
-from stream.records.values import SweepPolicy
+from stream.records.values import ClusterSource, SweepPolicy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +46,7 @@ class RunPolicy:
     turns: tuple[int, ...] = (8, 4, 4)
     orientation_branch: bool = True
     n_clusters: int = 8
+    cluster_by: ClusterSource = ClusterSource.FEATURES
     cluster_min_particles: int = 500
     max_parallel_runs: int = 1
     symmetry: str = "C1"

@@ -70,7 +70,7 @@ class Wishes:
 
     `symmetry`, `mask_diameter_angstrom` and `score_threshold` are None where nobody set them: the configuration's
     count then. `pinned_run` is the accepted map whatever other runs give; `rejected_runs` are never accepted nor
-    started from. `n_forced` counts the runs that were asked for in all.
+    started from. `forced` are the decisions that asked for a run.
     """
 
     def __init__(self) -> None:
@@ -85,7 +85,7 @@ class Wishes:
         self.score_threshold: float | None = None
         self.pinned_run: RunId | None = None
         self.rejected_runs: frozenset[RunId] = frozenset()
-        self.n_forced = 0
+        self.forced: frozenset[str] = frozenset()
         self.excluded_windows: tuple[TimeWindow, ...] = ()
 
     def take(self, event: Event) -> None:
@@ -173,7 +173,7 @@ class Wishes:
         if undoes:
             self._fold_again()
         elif isinstance(content, Wish):
-            self._apply(content)
+            self._apply(content, decision.decision_id)
 
     def _fold_again(self) -> None:
         """Find from the last decision to the first which ones stand, and apply those in order."""
@@ -183,7 +183,7 @@ class Wishes:
             decision.is_undone = decision.decision_id in undone
         for decision in self.history:
             if isinstance(decision.content, Wish) and not decision.is_undone:
-                self._apply(decision.content)
+                self._apply(decision.content, decision.decision_id)
 
     def _find_undone(self, also: str = "") -> set[str]:
         """Return the decisions that later ones took back, as if `also` were taken back now, too."""
@@ -193,7 +193,7 @@ class Wishes:
                 undone.add(decision.undoes)
         return undone
 
-    def _apply(self, wish: Wish) -> None:
+    def _apply(self, wish: Wish, decision_id: str) -> None:
         match wish.kind:
             case WishKind.PIN_RUN:
                 self.pinned_run = wish.run_id
@@ -209,7 +209,7 @@ class Wishes:
             case WishKind.SET_SCORE_THRESHOLD:
                 self.score_threshold = wish.score_threshold
             case WishKind.FORCE_RUN:
-                self.n_forced += 1
+                self.forced |= {decision_id}
             case WishKind.EXCLUDE_TIME if wish.window is not None:
                 self.excluded_windows += (wish.window,)
             case _:

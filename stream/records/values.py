@@ -294,9 +294,16 @@ class CampaignRequest:
     reason: str
 
 
+class ClusterSource(Enum):
+    """What particles of like views are found by: k-means++ on the ranker's features, or class averages of the images."""
+
+    FEATURES = "features"
+    CLASSES = "classes"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusteringRequest:
-    """A division of a campaign's particles into clusters of like views, by k-means++ on their features."""
+    """A division of a campaign's particles into clusters of like views."""
 
     clustering_id: ClusteringId
     campaign_id: CampaignId
@@ -304,13 +311,14 @@ class ClusteringRequest:
     subset: ParticleSubset
     n_clusters: int
     reason: str
+    source: ClusterSource = ClusterSource.FEATURES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusteringResult:
     """Particles per cluster, in the order of the labels; `folder` (relative) holds labels.npz.
 
-    Particles without a feature are in no cluster.
+    Particles without a feature (or whose image cannot be used) are in no cluster.
     """
 
     clustering_id: ClusteringId

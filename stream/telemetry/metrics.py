@@ -124,7 +124,7 @@ class Telemetry:
     version
         Version of icestream, for `icestream_build_info`.
     score_threshold
-        τ: particles scored at or above it count as accepted.
+        τ as configured: particles scored at or above it count as accepted, unless `observe` is told another.
     expected_interval_s
         Time between two movies as configured; None = follow the median of the latest arrivals.
     n_recent_movies
@@ -140,8 +140,7 @@ class Telemetry:
         n_recent_movies: int = 50,
     ) -> None:
         self._series = Series(version)
-        # The controller counts above its threshold by the same rounding to a bin edge.
-        self._threshold_bin = round(score_threshold * N_SCORE_BINS)
+        self._score_threshold = score_threshold
         self._recent = RecentScores(n_recent_movies)
         self._known: set[ExposureId] = set()
         self._found_at: OrderedDict[ExposureId, float] = OrderedDict()
@@ -163,9 +162,15 @@ class Telemetry:
 
     # --- events --------------------------------------------------------------------------------------
 
-    def observe(self, event: Event, *, replay: bool = False) -> None:
-        """Count one committed event; with `replay`, one of an earlier life, which gives no latency."""
+    def observe(self, event: Event, *, replay: bool = False, score_threshold: float | None = None) -> None:
+        """Count one committed event; with `replay`, one of an earlier life, which gives no latency.
+
+        `score_threshold` is the τ in force (a person may have set one). A counter never goes back, so that particles
+        scored earlier stay counted by the τ of their time.
+        """
         series = self._series
+        if score_threshold is not None:
+            self._score_threshold = score_threshold
         match event:
             case SessionOpened():
                 series.session_open.set(1)
@@ -266,8 +271,10 @@ class Telemetry:
         if centre is not None:
             series.score_median.set(centre)
         series.movies.labels("rank", "done").inc()
-        series.particles.labels("accepted").inc(sum(histogram[self._threshold_bin :]))
-        series.particles.labels("below_threshold").inc(sum(histogram[: self._threshold_bin]))
+        # The controller counts above its threshold by the same rounding to a bin edge.
+        first = round(self._score_threshold * N_SCORE_BINS)
+        series.particles.labels("accepted").inc(sum(histogram[first:]))
+        series.particles.labels("below_threshold").inc(sum(histogram[:first]))
         series.particles.labels("unscored").inc(result.n_excluded)
         for size in result.batch_sizes:
             series.batch_size.observe(size)

@@ -225,7 +225,7 @@ class Series:
         self.picks = Counter("icestream_picks_total", "Picked positions.", registry=self.registry)
         self.particles = Counter(
             "icestream_particles_total",
-            "Particles by the ranker's decision: accepted (score at or above the threshold), below_threshold, "
+            "Particles by the ranker's decision: accepted (score at or above the threshold then in force), below_threshold, "
             "unscored (could not be scored).",
             ["decision"],
             registry=self.registry,

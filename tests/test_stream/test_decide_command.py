@@ -192,7 +192,7 @@ def test_a_run_is_pinned_and_another_rejected_until_it_is_taken_back(
     document = run(out, "--reject-run", "run002", "--reason", "streaks")
     assert document["in_force"]["rejected_runs"] == ["run002"]
     assert load_status(layout.root)["accepted_run"] == "run001"
-    assert "a run that was asked for is not taken back" in refused(out, "--undo", "d1")
+    assert "its runs (run002) are over" in refused(out, "--undo", "d1")
 
 
 def test_exposures_of_a_time_are_left_out_until_it_is_taken_back(layout: OutputLayout) -> None:
@@ -222,7 +222,7 @@ def test_a_running_service_takes_decisions_from_its_inbox_each_once(
         service.step(0.0)
         asker.join(0.01)
     assert told["delivered"] == "service"
-    assert (service.controller.wishes.symmetry, service.controller.wishes.n_forced) == ("D2", 1)
+    assert (service.controller.wishes.symmetry, service.controller.wishes.forced) == ("D2", {"d2"})
     service.close()
     first, second = decisions(layout)
     assert first.request_id

@@ -55,7 +55,7 @@ def test_nothing_is_in_force_before_anybody_decides() -> None:
     wishes = folded(InputEnded(at=0.0))
     assert wishes.history == []
     assert (wishes.symmetry, wishes.mask_diameter_angstrom, wishes.score_threshold) == (None, None, None)
-    assert (wishes.pinned_run, wishes.rejected_runs, wishes.n_forced) == (None, frozenset(), 0)
+    assert (wishes.pinned_run, wishes.rejected_runs, wishes.forced) == (None, frozenset(), frozenset())
 
 
 def test_the_last_word_counts_and_an_undo_brings_back_the_one_before() -> None:
@@ -90,7 +90,7 @@ def test_of_pin_and_reject_the_later_one_stands() -> None:
 
 
 def test_every_run_that_is_asked_for_counts() -> None:
-    assert folded(Wish(kind=WishKind.FORCE_RUN), Wish(kind=WishKind.FORCE_RUN)).n_forced == 2
+    assert folded(Wish(kind=WishKind.FORCE_RUN), Wish(kind=WishKind.FORCE_RUN)).forced == {"d1", "d2"}
 
 
 def test_limits_of_the_configuration_are_nobodys_decision() -> None:
@@ -196,7 +196,7 @@ ANY_WISH = st.one_of(
 def in_force(wishes: Wishes) -> tuple[object, ...]:
     return (
         wishes.symmetry, wishes.mask_diameter_angstrom, wishes.score_threshold, wishes.pinned_run,
-        wishes.rejected_runs, wishes.n_forced, wishes.excluded_windows,
+        wishes.rejected_runs, wishes.forced, wishes.excluded_windows,
     )  # fmt: skip
 
 
