@@ -7,7 +7,7 @@ Poisson-Gaussian at a signal-to-noise ratio of 0.1; beside them each training of
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -69,12 +69,14 @@ def make_arms(
         if stage is None:
             stage = own
             frames = render_frames(stage, n_frames, seed)
+            papers = build_physics(bank, replace(physics, contrast="given"))
+            plain = frames if papers.settings == physics else render_frames(papers, n_frames, seed)
             if on_progress is not None:
                 on_progress(f"rendered {n_frames} micrographs")
-            fit = fit_session_noise(stage).at_snr(PAPER_SNR)
+            fit = fit_session_noise(papers).at_snr(PAPER_SNR)
             for model in NOISE_MODELS:
                 noise = noise_by_formula(model, fit)
-                arms.append(Arm(name=f"{model} at SNR {PAPER_SNR}", noise=noise, frames=frames, seed=seed))
+                arms.append(Arm(name=f"{model} at SNR {PAPER_SNR}", noise=noise, frames=plain, seed=seed))
         # an ablation without physics sees the same specimens in its own way
         seen = frames if own.settings == stage.settings else render_frames(own, n_frames, seed)
         arms.append(Arm(name=folder.name, noise=make_noise("cryogem", own, network), frames=seen, seed=seed))

@@ -1,14 +1,15 @@
 """Judging trainings against held-out micrographs, beside noise by formula and physics alone.
 
 Every set is made of the same virtual specimens, poses, CTFs and ice maps; what differs is the noise. The reference is the
-bank's held-out micrographs; `real` compares them with as many training micrographs, which is the floor that no set can
+bank's held-out micrographs. Baselines at the paper's ratio have the paper's physics, whatever contrast the training fitted;
+those with fitted noise have the training's. `real` compares them with as many training micrographs, which is the floor that no set can
 be expected to beat.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ from models.cryogem.evaluation import (
 from models.cryogem.greys import levels_to_network_range
 from models.cryogem.inception import describe_inception, inception_features
 from models.cryogem.pairs import Purpose, random_stream
-from models.cryogem.physics import build_physics
+from models.cryogem.physics import PhysicsStage, build_physics
 from models.cryogem.translation import load_generator
 from stream.records.errors import ConfigurationError, InputError
 from stream.store.files import replacing
@@ -103,21 +104,19 @@ def evaluate_trainings(
     for position, folder in enumerate(folders):
         network, physics = load_generator(folder / GENERATOR_FILE)
         stage = build_physics(bank, physics)
-        clean = []
-        for index in range(n):
-            rng = random_stream(seed, Purpose.GENERATION, index)
-            clean.append(stage.image(stage.render(stage.draw_specimen(rng)), stage.draw_imaging(rng)))
+        clean = _render(stage, n, seed)
 
         def noisy(noise: Noise, images: Sequence[Tensor] = clean) -> list[Tensor]:
             return [noise(x, random_stream(seed, Purpose.GENERATION, i, 1)) for i, x in enumerate(images)]
 
         if position == 0:
             measure("physics", noisy(make_noise("none", stage, network)), clean)
-            fit = fit_session_noise(stage)
+            papers = build_physics(bank, replace(physics, contrast="given"))
+            plain = clean if papers.settings == physics else _render(papers, n, seed)
+            fit, at_paper = fit_session_noise(stage), fit_session_noise(papers).at_snr(PAPER_SNR)
             for model in NOISE_MODELS:
                 measure(model, noisy(noise_by_formula(model, fit)), clean)
-                at_paper = noise_by_formula(model, fit.at_snr(PAPER_SNR))
-                measure(f"{model} at SNR {PAPER_SNR}", noisy(at_paper), clean)
+                measure(f"{model} at SNR {PAPER_SNR}", noisy(noise_by_formula(model, at_paper), plain), plain)
         measure(folder.name, noisy(make_noise("cryogem", stage, network)), clean)
     if panel is not None:
         _write_panel(panel, [shown[name] for name in (*_PANEL, folders[0].name)])
@@ -130,6 +129,14 @@ def evaluate_trainings(
         patch_px=patch_px,
         features=described,
     )
+
+
+def _render(stage: PhysicsStage, n: int, seed: int) -> list[Tensor]:
+    frames = []
+    for index in range(n):
+        rng = random_stream(seed, Purpose.GENERATION, index)
+        frames.append(stage.image(stage.render(stage.draw_specimen(rng)), stage.draw_imaging(rng)))
+    return frames
 
 
 def _features(inception: Path | None) -> tuple[Features, str]:

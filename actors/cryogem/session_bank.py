@@ -24,6 +24,7 @@ from torch import Tensor
 
 from actors.cryogem.config import SourceConfig
 from models.cryogem.bank import BankFacts, SessionBank
+from models.cryogem.contrast import measure_contrast
 from models.cryogem.greys import GreyStatistics, PreparedMicrograph, prepare_micrograph, working_shape
 from models.cryogem.ice_weights import estimate_ice_weights
 from models.cryogem.specimen import fit_counts, measure_spacing, spacing_from_collapse
@@ -90,6 +91,12 @@ def read_session_bank(
         spacing = spacing_from_collapse(int(volumes.shape[-1]), ratio)
     held_out = max(1, min(len(used) - 1, round(source.held_out_fraction * len(used))))
     greys = [p.statistics for p in prepared]
+    n_training = len(used) - held_out
+    contrast = measure_contrast(
+        [p.levels.float() for p in prepared[:n_training]],
+        [c.picks_yx_px / scale for c in used[:n_training]],
+        map_diameter / working_pixel,
+    )
     facts = BankFacts(
         pixel_size_angstrom=working_pixel,
         micrograph_pixel_size_angstrom=pixel,
@@ -108,6 +115,7 @@ def read_session_bank(
         skipped=dict(skipped),
         sources=tuple(str(m) for m in maps),
         request=source.describe(),
+        contrast=contrast,
     )
     log.info("bank_built micrographs=%d skipped=%s", len(used), dict(skipped))
     return SessionBank(

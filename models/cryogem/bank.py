@@ -14,6 +14,7 @@ from typing import Any
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from models.cryogem.contrast import SessionContrast
 from models.cryogem.greys import GreyStatistics
 from models.cryogem.specimen import CountDistribution
 from models.optics.ctf_fit import Microscope
@@ -29,7 +30,8 @@ class BankFacts:
     `pixel_size_angstrom` is that of the working frames, `micrograph_pixel_size_angstrom` of the session's
     micrographs. `spacing_px` is the least Chebyshev distance of two particles in working pixels. The last
     `n_held_out` micrographs are for evaluation alone. `skipped` counts, by reason, what was left out; `sources` are the
-    maps, `request` is what was asked for.
+    maps, `request` is what was asked for. `contrast` is that of the training micrographs at their picks, None in
+    banks of earlier versions and where picks are few.
     """
 
     pixel_size_angstrom: float
@@ -45,6 +47,7 @@ class BankFacts:
     skipped: Mapping[str, int]
     sources: tuple[str, ...]
     request: str = ""
+    contrast: SessionContrast | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +102,9 @@ def load_bank(path: Path) -> SessionBank:
 
 
 def _facts_from(values: Mapping[str, Any]) -> BankFacts:
+    contrast = values.get("contrast")
+    if contrast is not None:
+        contrast = SessionContrast(profile=tuple(contrast["profile"]), long_waves=contrast["long_waves"])
     return BankFacts(
         **{
             **values,
@@ -107,5 +113,6 @@ def _facts_from(values: Mapping[str, Any]) -> BankFacts:
             "greys": GreyStatistics(**values["greys"]),
             "names": tuple(values["names"]),
             "sources": tuple(values["sources"]),
+            "contrast": contrast,
         }
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import numpy as np
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from models.cryogem.bank import SessionBank
+from models.cryogem.contrast import FrameScale, fit_scale, mean_profile
 from models.cryogem.ice_weights import spread_ice_weights
 from models.cryogem.specimen import VirtualSpecimen, draw_rotations, place_on_free_pixels
 from models.fourier.transforms import good_size
@@ -30,6 +31,7 @@ from models.simulation.imaging import CtfTruth, add_patch
 from models.simulation.projection import Projector
 
 ImagingForm = Literal["physics", "projection"]
+ContrastSource = Literal["given", "session"]
 
 _BATCH = 32
 _REFERENCE_VIEWS = 24
@@ -45,8 +47,8 @@ class PhysicsSettings:
     """How micrographs are made from a bank.
 
     `mask_threshold` 0.9 puts a pixel into the particle mask where a particle's projection is above 0.1 of its own
-    maximum. `background` is b of the module's docstring. `snr` is the variance of I_phy over that of the noise added
-    before translation. `conformation_weights` are relative frequencies of the bank's volumes (None: equal).
+    maximum. `background` is b of the module's docstring, `snr` the variance of I_phy over that of the noise added before
+    translation; with `contrast` "session" both are fitted, so that particles and ice show as plainly as the session's. `conformation_weights` are relative frequencies of the bank's volumes (None: equal).
     `imaging` "projection" leaves out ice and CTF: I_phy is minus the specimen, as unpaired translation is used without
     physics (an ablation: with `training.nce_form: unguided` it is CUT; CTFs of generated particles then mean nothing).
     """
@@ -54,6 +56,7 @@ class PhysicsSettings:
     mask_threshold: float = 0.9
     background: float = 1.0
     snr: float = 0.1
+    contrast: ContrastSource = "given"
     conformation_weights: tuple[float, ...] | None = None
     imaging: ImagingForm = "physics"
 
@@ -62,6 +65,10 @@ class PhysicsSettings:
             raise ValueError(f"mask_threshold: {self.mask_threshold}, must lie in (0, 1)")
         if self.snr <= 0.0:
             raise ValueError(f"snr: {self.snr}, must be over 0")
+        if self.contrast not in get_args(ContrastSource):
+            raise ValueError(
+                f"contrast: {self.contrast!r}, must be one of {', '.join(get_args(ContrastSource))}"
+            )
         if self.imaging not in get_args(ImagingForm):
             raise ValueError(f"imaging: {self.imaging!r}, must be one of {', '.join(get_args(ImagingForm))}")
         if not 0.0 <= self.background <= 10.0:
@@ -115,8 +122,11 @@ class PhysicsStage:
     settings: PhysicsSettings
     projectors: Sequence[Projector] = field(repr=False)
     peak: float
+    background: float
     noise_sd: float
     """Standard deviation of the noise added before translation, from the mean variance of a few frames."""
+    snr: float
+    """The ratio of variances that it stands for."""
 
     @property
     def margin_px(self) -> int:
@@ -223,10 +233,8 @@ class PhysicsStage:
         margin = rendered.margin_px
         frame = (slice(margin, margin + height), slice(margin, margin + width))
         if self.settings.imaging == "projection":
-            return self.settings.background - float(rendered.projection[frame].mean())
-        specimen = self.ice_canvas(imaging, rendered)[frame] * (
-            rendered.projection[frame] - self.settings.background
-        )
+            return self.background - float(rendered.projection[frame].mean())
+        specimen = self.ice_canvas(imaging, rendered)[frame] * (rendered.projection[frame] - self.background)
         turn = math.radians(imaging.ctf.phase_shift_deg) + math.asin(
             self.bank.facts.microscope.amplitude_contrast
         )
@@ -249,9 +257,9 @@ class PhysicsStage:
     ) -> Float[Tensor, "h w"]:
         """Return eq. 3 on a canvas, whose edges wrap around; without physics, the specimen's negative."""
         if self.settings.imaging == "projection":
-            return self.settings.background - projection
+            return self.background - projection
         return image_specimen(
-            ice * (projection - self.settings.background),
+            ice * (projection - self.background),
             imaging.ctf,
             self.bank.facts.microscope,
             self.bank.facts.pixel_size_angstrom,
@@ -304,10 +312,40 @@ def build_physics(bank: SessionBank, settings: PhysicsSettings) -> PhysicsStage:
     peak = float(torch.stack([p.project(views).amax(dim=(-2, -1)).mean() for p in projectors]).mean())
     if not peak > 0.0:
         raise ValueError(f"volumes: mean peak of projections {peak}, a particle has positive density")
-    stage = PhysicsStage(bank=bank, settings=settings, projectors=projectors, peak=peak, noise_sd=1.0)
-    variances = [
-        float(stage.image(stage.render(stage.draw_specimen(rng)), stage.draw_imaging(rng)).var())
-        for _ in range(_REFERENCE_FRAMES)
+    stage = PhysicsStage(
+        bank=bank,
+        settings=settings,
+        projectors=projectors,
+        peak=peak,
+        background=settings.background,
+        noise_sd=1.0,
+        snr=settings.snr,
+    )
+    rendered, seen = [], []
+    for _ in range(_REFERENCE_FRAMES):
+        rendered.append(stage.render(stage.draw_specimen(rng)))
+        seen.append(stage.draw_imaging(rng))
+    if settings.contrast == "session":
+        scale = _fit_session(stage, rendered, seen)
+        snr, noise_sd = scale.signal_variance / scale.noise_variance, math.sqrt(scale.noise_variance)
+        return replace(stage, background=scale.background, noise_sd=noise_sd, snr=snr)
+    variances = [float(stage.image(r, i).var()) for r, i in zip(rendered, seen, strict=True)]
+    return replace(stage, noise_sd=float(np.sqrt(np.mean(variances) / settings.snr)))
+
+
+def _fit_session(
+    stage: PhysicsStage, rendered: Sequence[RenderedField], seen: Sequence[Imaging]
+) -> FrameScale:
+    """Return background and noise that give a few frames the session's contrast."""
+    facts = stage.bank.facts
+    diameter_px = facts.diameter_angstrom / facts.pixel_size_angstrom
+    frames = [
+        [replace(stage, background=b).image(r, i) for r, i in zip(rendered, seen, strict=True)]
+        for b in (0.0, 1.0)
     ]
-    noise_sd = float(np.sqrt(np.mean(variances) / settings.snr))
-    return PhysicsStage(bank=bank, settings=settings, projectors=projectors, peak=peak, noise_sd=noise_sd)
+    centres = [r.specimen.centres_yx_px for r in rendered]
+    profile = mean_profile(frames[0], centres, diameter_px)
+    if facts.contrast is None or profile is None:
+        which = "the session's picks" if facts.contrast is None else "the particles of a few frames"
+        raise ValueError(f"contrast: session, {which} are too few to measure it; take given")
+    return fit_scale(facts.contrast, profile, frames[0], frames[1], diameter_px)

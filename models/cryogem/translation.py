@@ -29,7 +29,7 @@ def add_input_noise(
     crop in thick ice stays darker than one in thin ice.
     """
     noisy = image + stage.noise_sd * torch.randn(image.shape, generator=generator)
-    sd = stage.noise_sd * math.sqrt(1.0 + stage.settings.snr)
+    sd = stage.noise_sd * math.sqrt(1.0 + stage.snr)
     return scale_to_network_range(noisy, mean=frame_mean, sd=sd)
 
 
