@@ -268,7 +268,9 @@ class RunLadder:
         if campaign is None or not campaign.is_active:
             return []
         campaign.is_active, campaign.is_complete, campaign.verdict = False, event.is_complete, event.reason
-        campaign.is_withdrawn = not event.is_complete and self._is_taken_back(campaign)
+        if not event.is_complete and self._is_taken_back(campaign):
+            campaign.is_withdrawn = True
+            self._served -= campaign.asked_by
         self._decisions.add(event.at, f"end {event.campaign_id}", event.reason)
         template = self.template
         if event.accepted is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import mrcfile
 import numpy as np
 import pandas as pd
 import pytest
@@ -17,6 +18,7 @@ from stream.records.values import (
     CampaignId,
     ClusteringId,
     ClusteringRequest,
+    ClusterSource,
     ExposureId,
     Optics,
     ParticleSubset,
@@ -107,3 +109,68 @@ def test_fewer_features_than_clusters_are_an_error_that_names_the_clustering(tmp
     command = ClusterParticles(request=replace(REQUEST, n_clusters=500), members=members)
     with pytest.raises(InputError, match=r"campaign001-clusters.*n_clusters: 500"):
         cluster_particles(command, layout)
+
+
+def test_class_averages_tell_a_minority_of_other_views_from_the_majority(tmp_path: Path) -> None:
+    """Two outlines, turned in the plane and shifted, in noise: one in five shows the bar, four the disk."""
+    layout = OutputLayout(tmp_path)
+    members, is_bar = make_outlines(layout, n=200)
+    request = replace(REQUEST, n_clusters=4, source=ClusterSource.CLASSES)
+    result = cluster_particles(ClusterParticles(request=request, members=members), layout)
+    assert (sum(result.sizes), result.n_without_features) == (200, 0)
+    uids, labels = read_labels(layout.cluster_labels(REQUEST.clustering_id))
+    share = np.array([np.mean([is_bar[int(u)] for u in uids[labels == k]]) for k in np.unique(labels)])
+    sizes = np.array([(labels == k).sum() for k in np.unique(labels)])
+    assert sizes[share > 0.9].sum() >= 30, "most of the 40 bars are in clusters of their own"
+    assert not (layout.clustering(REQUEST.clustering_id) / "particles.star").exists()
+
+
+def test_fewer_images_than_twice_the_classes_are_an_error_that_names_the_clustering(tmp_path: Path) -> None:
+    layout = OutputLayout(tmp_path)
+    members, _ = make_outlines(layout, n=60)
+    request = replace(REQUEST, n_clusters=31, source=ClusterSource.CLASSES)
+    with pytest.raises(InputError, match=r"campaign001-clusters.*two usable images for each, of 60"):
+        cluster_particles(ClusterParticles(request=request, members=members), layout)
+
+
+def make_outlines(layout: OutputLayout, n: int) -> tuple[tuple[RunMember, ...], dict[int, bool]]:
+    """Two exposures with `n` images of 32 px in all: every fifth a bar, the others a disk of the same mass, SNR about 1."""
+    rng = np.random.default_rng(1)
+    y, x = np.mgrid[-16:16, -16:16].astype(np.float64)
+    images, bars = [], np.arange(n) % 5 == 0
+    for is_bar in bars:
+        angle, (dy, dx) = rng.uniform(0, np.pi), rng.normal(0, 0.7, 2)
+        u = (x - dx) * np.cos(angle) + (y - dy) * np.sin(angle)
+        v = (y - dy) * np.cos(angle) - (x - dx) * np.sin(angle)
+        sigma_u, sigma_v = (7.0, 1.75) if is_bar else (3.5, 3.5)
+        images.append(
+            2.0 * np.exp(-0.5 * ((u / sigma_u) ** 2 + (v / sigma_v) ** 2)) + rng.normal(size=(32, 32))
+        )
+    optics = make_particle_optics(
+        Optics(voltage_kv=300.0, cs_mm=2.7, amplitude_contrast=0.1),
+        image_pixel_size_angstrom=4.0,
+        image_size_px=32,
+    )
+    members, truth = [], dict[int, bool]()
+    with FeatureCache(layout.features) as cache:
+        for half_set in (1, 2):
+            name, exposure_id = f"e{half_set}", ExposureId(f"id{half_set}")
+            own = np.arange(n) % 2 == half_set - 1
+            uids = np.array([derive_particle_uid(exposure_id, i) for i in range(int(own.sum()))], np.uint64)
+            stack = layout.root / "particles" / f"{name}.mrcs"
+            stack.parent.mkdir(parents=True, exist_ok=True)
+            with mrcfile.new(stack) as handle:
+                handle.set_data(np.array(images, np.float32)[own])
+                handle.voxel_size = 4.0
+            table = pd.DataFrame({
+                "rlnImageName": [f"{i + 1:06d}@particles/{name}.mrcs" for i in range(len(uids))],
+                "rlnOpticsGroup": 1, "rlnDefocusU": 1e4, "rlnDefocusV": 1e4, "rlnDefocusAngle": 0.0,
+                "rlnPhaseShift": 0.0, "icestreamUid": uids,
+            })  # fmt: skip
+            layout.particles_table(name).parent.mkdir(parents=True, exist_ok=True)
+            write_particles_star(layout.particles_table(name), table, optics)
+            same = np.tile(np.eye(4, dtype=np.float16)[0], (len(uids), 1))
+            cache.append("m", uids, np.full(len(uids), 0.9, np.float32), same)
+            members.append(RunMember(exposure_id=exposure_id, name=name, half_set=half_set))
+            truth |= {int(u): bool(b) for u, b in zip(uids, bars[own], strict=True)}
+    return tuple(members), truth

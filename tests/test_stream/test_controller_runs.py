@@ -563,6 +563,46 @@ def test_a_person_forces_a_run_pins_one_and_rejects_one() -> None:
     assert controller.best_run.run_id == "run001"
 
 
+def test_a_run_that_was_asked_for_is_taken_back_while_it_is_in_work() -> None:
+    controller = Controller(SETTINGS)
+    arrive(controller, 2)
+    answer_all(controller, good)
+    (started,) = decide(controller, kind=WishKind.FORCE_RUN)
+    assert isinstance(started, StartRun)
+    assert decide(controller, kind=WishKind.UNDO, decision_id="d1") == [
+        CancelRun(run_id=started.request.run_id, reason="the person who asked for it took it back")
+    ]
+    play(controller, RunCancelled(at=9.0, run_id=started.request.run_id, reason="asked to stop"))
+    assert not controller.runs_in_work, "nothing else was due"
+    assert controller.best_run is not None
+    assert controller.best_run.run_id == "run001"
+    (again,) = decide(controller, kind=WishKind.UNDO, decision_id="d2")
+    assert isinstance(again, StartRun), "the undo was taken back: the run is asked for again"
+
+
+def test_a_run_that_waits_for_particles_is_not_started_once_it_was_taken_back() -> None:
+    controller = Controller(SETTINGS)
+    decide(controller, kind=WishKind.FORCE_RUN)
+    decide(controller, kind=WishKind.UNDO, decision_id="d1")
+    arrive(controller, 1)
+    assert CampaignTrigger.USER not in {c.request.trigger for c in controller.campaigns.values()}
+
+
+def test_after_the_end_a_run_that_was_taken_back_leaves_nothing_to_do_again() -> None:
+    controller = Controller(SETTINGS)
+    arrive(controller, 3)
+    play(controller, InputEnded(at=5.0))
+    answer_all(controller, good)
+    assert controller.is_finished
+    n_runs = len(controller.runs)
+    decide(controller, kind=WishKind.FORCE_RUN)
+    decide(controller, kind=WishKind.UNDO, decision_id="d1")
+    for run in controller.runs_in_work:
+        play(controller, RunCancelled(at=9.0, run_id=run.run_id, reason="asked to stop"))
+    assert controller.is_finished
+    assert len(controller.runs) == n_runs + 1, "only the run that was taken back"
+
+
 def test_nothing_goes_on_from_a_run_that_a_person_rejected() -> None:
     controller = Controller(with_policy(rungs=(100_000,)))
     arrive(controller, 10)

@@ -255,6 +255,15 @@ def test_events_are_counted_by_stage_and_outcome():
     assert value(telemetry, "icestream_build_info", version="1.2.3", python=_python()) == 1
 
 
+def test_particles_are_accepted_by_the_threshold_in_force_when_they_were_scored() -> None:
+    telemetry = Telemetry("1", score_threshold=0.4)
+    for name, threshold in (("a", 0.4), ("b", 0.85)):
+        telemetry.observe(found(name, 1.0), score_threshold=threshold)
+        telemetry.observe(ranked(name, 2.0, {10: 1, 60: 2, 90: 4}), score_threshold=threshold)
+    assert value(telemetry, "icestream_particles_total", decision="accepted") == 6 + 4
+    assert value(telemetry, "icestream_particles_total", decision="below_threshold") == 1 + 3
+
+
 def _python() -> str:
     import platform
 
