@@ -1,6 +1,5 @@
 """`icestream bench vit-b` counts the products that are made, and its three figures come out of one run."""
 
-import numpy as np
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -9,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.cryo_ief.config import vit_config
 from models.cryo_ief.export import ExportedVit
 from models.cryo_ief.vit import CryoVit
-from stream.commands.bench_vit import _gflops, _Turn, flop_per_image, run_vit_benchmark
+from stream.commands.bench_vit import block_products, flop_per_image, run_vit_benchmark
 from stream.records.errors import ConfigurationError
 
 
@@ -27,15 +26,12 @@ def test_counted_products_are_those_that_torch_counts(is_exported):
     )
 
 
-def test_inference_and_products_are_medians_over_turns():
-    turns = [
-        _Turn(scores=np.zeros(1, np.float32), inference_s=s, gemm_s={"torch": 2.0 * s, "numpy": s})
-        for s in (0.5, 0.25, 9.0)
-    ]
-    inference, products = _gflops(turns, 40e9)
-    assert inference == pytest.approx(80.0)
-    assert products["numpy"] == pytest.approx(2e-9 * 2048**3 / 0.5)
-    assert products["torch"] == pytest.approx(products["numpy"] / 2.0)
+def test_the_products_of_a_block_are_those_that_are_counted():
+    config = vit_config("nano")
+    counted = sum(2.0 * left.size * right.shape[-1] for left, right in block_products(config))
+    t, d = (config.input_size_px // config.patch_size_px) ** 2 + 1, config.width
+    assert counted == pytest.approx((8 + 4 * config.mlp_ratio) * t * d**2 + 4 * t**2 * d)
+    assert all(left.shape[1] == right.shape[0] for left, right in block_products(config))
 
 
 def test_too_few_particles_for_two_batches_are_refused(tmp_path):
@@ -50,6 +46,6 @@ def test_a_small_network_goes_through_the_whole_benchmark(tmp_path):
     )
     assert path["spearman"] > 0.9  # a tiny network with random weights; scores hardly differ
     assert inference["max_abs_score_difference"] < 1e-4
-    assert inference["baseline_value"] == max(inference["gemm_gflops"].values())
+    assert inference["baseline_value"] == max(inference["square_gflops"].values())
     assert 0.1 < inference["ratio"] < 1.2
     assert 0.0 < hidden["ratio"] < 2.0
