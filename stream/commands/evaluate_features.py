@@ -298,7 +298,7 @@ def _draw(
 
     method = choose_embedding(None if embedding is None else embedding.value)
     labels = [Path(name).name for name in names]
-    poses = [f"view class {number + 1}" for number in range(int(posed.pose_class.max()) + 1)]
+    poses = [f"view class {number + 1:02d}" for number in range(int(posed.pose_class.max()) + 1)]
     with console.status(f"laying {len(posed) + len(labelled)} features out by {method}"):
         maps = [
             FeatureMap(
