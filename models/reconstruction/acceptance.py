@@ -44,11 +44,14 @@ MINIMUM_AGREEMENT = 0.8
 SAME_POSE_DEG = 20.0
 """Poses of one image in two maps this near are the same: nearly equal views lie farther apart."""
 
-DECIDED_MASS = 0.8
+DECIDED_MASS = 0.9
 """Images that leave more of their posterior to a second mode say nothing about agreement: symmetry, noise or junk."""
 
 DECIDED_SHARE = 0.2
-"""Where fewer images are decided the maps themselves are compared, as for a particle that is symmetric in truth."""
+"""Where fewer images are decided poses say nothing, as for a particle that is symmetric in truth."""
+
+SYMMETRIC_STEPS = 10
+"""Iterations with fine poses after which such maps are compared themselves: nearly equal views would have come apart."""
 
 AGREEMENT_SHELLS = 9.0
 """Shells compared: a 15° grid says little about finer ones."""
@@ -120,12 +123,12 @@ def correlate_maps(a: EmResult, b: EmResult) -> float:
 def agreement_of(a: Finalist, b: Finalist) -> float:
     """Return the share of decided images that have the same pose in both maps, up to one rotation and hand.
 
-    Where hardly any image is decided in both, the maps' correlation.
+    Where hardly any image is decided in both, 0 until both have gone on with fine poses, then the maps' correlation.
     """
     is_decided = decided(a.poses, DECIDED_MASS) & decided(b.poses, DECIDED_MASS)
     rows = is_decided.nonzero()[:, 0]
     if len(rows) < max(MINIMUM_HELD_OUT, DECIDED_SHARE * len(is_decided)):
-        return correlate_maps(a.result, b.result)
+        return correlate_maps(a.result, b.result) if min(a.n_steps, b.n_steps) >= SYMMETRIC_STEPS else 0.0
     apart = pose_errors_deg(a.poses.rotations[rows, 0], b.poses.rotations[rows, 0])
     return float((apart < SAME_POSE_DEG).float().mean())
 

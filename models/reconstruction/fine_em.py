@@ -25,10 +25,11 @@ MINIMUM_MASS = 0.01
 
 @dataclass(frozen=True, slots=True)
 class Finalist:
-    """A start's map with the likeliest distinct poses of the held-out images in it."""
+    """A start's map with the likeliest distinct poses of the held-out images in it, after `n_steps` with fine poses."""
 
     result: EmResult
     poses: Hypotheses
+    n_steps: int
 
     @property
     def score(self) -> float:
@@ -89,4 +90,5 @@ class FineEm:
 
     def finalist(self) -> Finalist:
         """Return the map with the held-out images' evidence and poses."""
-        return Finalist(self.em.result(), self.find_poses(self.em.data.take(self.em.held_out)))
+        poses = self.find_poses(self.em.data.take(self.em.held_out))
+        return Finalist(self.em.result(), poses, self.n_steps)

@@ -124,6 +124,8 @@ def find_initial_model(
             finished = dict(zip(chosen, pool.map(finish, chosen), strict=True))
         else:
             finalists |= dict(zip(chosen, pool.map(compare, chosen), strict=True))
+            if len(chosen) == 1:
+                finalists[chosen[0]] = go_on(chosen[0])
             agreement = _agreement(finalists)
             more_starts, n_rounds = [*order[2:], *range(n_starts, 2 * n_starts)], 0
             while agreement is not None and agreement < MINIMUM_AGREEMENT:

@@ -98,11 +98,12 @@ def test_a_mixture_of_two_views_comes_apart(images: BlobSet) -> None:
     assert agreement_of(after, truth) > MINIMUM_AGREEMENT
 
 
-def poses_of(rotations: torch.Tensor, second: float) -> Finalist:
+def poses_of(rotations: torch.Tensor, second: float, n_steps: int = 0) -> Finalist:
     """Return a finalist whose second mode is `second` nats below the first."""
     n = len(rotations)
     scores = torch.tensor([0.0, -second]).expand(n, -1)
-    return Finalist(started_nowhere(), Hypotheses(rotations[:, None], torch.zeros((n, 2, 2)), scores))
+    poses = Hypotheses(rotations[:, None], torch.zeros((n, 2, 2)), scores)
+    return Finalist(started_nowhere(), poses, n_steps)
 
 
 def started_nowhere() -> EmResult:
@@ -125,8 +126,9 @@ def test_maps_agree_by_the_poses_of_decided_images() -> None:
     # A third of the images one register off, as in a map that mixes two: the maps themselves may be nearly equal.
     turned = torch.where((torch.arange(60) % 3 == 0)[:, None, None], rotations @ HALF_TURN @ frame, other)
     assert agreement_of(poses_of(rotations, 5.0), poses_of(turned, 5.0)) == pytest.approx(2 / 3, abs=0.02)
-    # Where no image is decided (a symmetric particle) poses say nothing, and the maps are compared: here they are equal.
-    assert agreement_of(poses_of(rotations, 0.1), poses_of(turned, 5.0)) > 0.95
+    # Where no image is decided poses say nothing; maps that stay so with fine poses are compared: here they are equal.
+    assert agreement_of(poses_of(rotations, 0.1), poses_of(turned, 5.0)) == 0.0
+    assert agreement_of(poses_of(rotations, 0.1, 10), poses_of(turned, 5.0, 10)) > 0.95
 
 
 def test_the_share_of_poses_elsewhere_is_what_the_images_leave_open() -> None:
