@@ -21,15 +21,21 @@ from models.cryogem.settings import CryogemSettings, TrainingSettings
 from models.cryogem.trainer import CryogemTrainer
 
 _PARITY = TrainingSettings(device="cpu")
+_BENCH = NetworkSettings(
+    depth=6, generator_filters=16, discriminator_filters=16, nce_levels=(1, 2, 3, 4), head_width=64
+)
 _CROP = replace(_PARITY, crop_px=512)
 SETTINGS: dict[str, tuple[NetworkSettings, TrainingSettings]] = {
     "parity": (NetworkSettings(), _PARITY),
     "crop_512": (NetworkSettings(depth=9), _CROP),
     "crop_512_bf16": (NetworkSettings(depth=9), replace(_CROP, precision="bf16")),
     "crop_512_channels_last": (NetworkSettings(depth=9), replace(_CROP, is_channels_last=True)),
+    "bench_256": (_BENCH, replace(_PARITY, crop_px=256, n_queries=128)),
+    "bench_256_bf16": (_BENCH, replace(_PARITY, crop_px=256, n_queries=128, precision="bf16")),
+    "bench_128": (_BENCH, replace(_PARITY, crop_px=128, n_queries=128)),
     "crop_512_quarter": (NetworkSettings(depth=9, generator_filters=16, discriminator_filters=32), _CROP),
 }
-"""Names of settings; a quarter of the filters is the only one that changes what can be learnt besides the crop."""
+"""Names of settings; what can be learnt is changed by the crop and by the number of filters and levels alone."""
 
 
 def measure_step(
