@@ -28,8 +28,9 @@ def run_score_benchmark(
 
     The baseline is `OnnxRanker.score` on the same images, which lie in memory, in batches of the same size: it
     includes the model's own preprocessing, but no reading, no checks, no batching across stacks and no cache.
-    Whole path and baseline alternate `n_repeats` times and the medians count, because machines are shared. `cpu_ratio` is the share of the whole path's processor
-    time that inference takes, which others on the machine do not change.
+    Whole path and baseline alternate `n_repeats` times and the medians count, because machines are shared. Others on the
+    machine hardly change `particles_per_cpu_s`, which counts all threads' processor time, and `cpu_ratio`, the share of the whole
+    path's processor time that inference takes.
     """
     from actors.ranker import BatchingRanker
     from stream.commands.score import load_scorer
@@ -71,6 +72,7 @@ def run_score_benchmark(
         "baseline_value": baseline,
         "ratio": value / baseline,
         "cpu_ratio": inference_cpu_s / whole_cpu_s,
+        "particles_per_cpu_s": n_particles * n_repeats / whole_cpu_s,
         "n_particles": n_particles,
         "n_scored": n_scored,
         "box_size_px": box_size_px,
