@@ -32,7 +32,8 @@ def list_branch_step(campaign: CampaignRecord, policy: RunPolicy) -> Step | None
             subset=subset_of(request, policy.n_clusters * max(policy.search_sizes)),
             n_clusters=policy.n_clusters,
             source=policy.cluster_by,
-            reason=f"no run from nothing reaches the cFAR bound of {policy.cfar_bound:g}: preferred orientation",
+            reason=f"no run from nothing gives a map that reaches the cFAR bound of {policy.cfar_bound:g}: preferred "
+            "orientation",
         )
     if campaign.clustering.is_in_work:
         return ()

@@ -4,9 +4,11 @@ light:  continue the accepted map, and from nothing where that is due ──▶ 
 full:   continue the accepted map ──▶ from nothing on two sizes ─┬─ one passes ───────────────▶ sweep ──▶ end
                                                                  └─ none: `branch`, template ─▶ sweep ──▶ end
 
-Failures: a run that failed counts as one without a result. Without any initial model the campaign ends with
-no map. Where nothing passes, not in the branch either, the sweep starts from the best resolution all the
-same, because more particles may hold the views that are missing.
+Failures: a run that failed counts as one without a result. Where views are few, starts may not agree and no model comes of
+them: that, too, is answered by the branch; runs that only failed say nothing of views, and are not. Without any initial
+model the campaign ends with no map. Where
+nothing passes, not in the branch either, the sweep starts from the best resolution all the same, because more
+particles may hold the views that are missing.
 """
 
 from __future__ import annotations
@@ -34,20 +36,21 @@ def find_next_step(campaign: CampaignRecord, policy: RunPolicy) -> Step:
         if (missing := campaign.list_missing(_list_searches(campaign))) is not None:
             return missing
         results = campaign.list_results(RunPurpose.INITIAL, RunPurpose.REBUILD)
-        if not any(r.resolution_angstrom is not None for r in results):
-            return _conclude(campaign, policy, "no initial model")
         passed = list_passed(results, policy)
-        chosen, is_cluster = choose_best(passed) or choose_best(results), False
-        if not passed and campaign.request.plan is CampaignPlan.FULL and policy.orientation_branch:
+        resolved = [result for result in results if result.resolution_angstrom is not None]
+        chosen, is_cluster = choose_best(passed) or choose_best(resolved), False
+        is_divided = policy.orientation_branch and campaign.request.plan is CampaignPlan.FULL
+        if results and not passed and is_divided:
             step = list_branch_step(campaign, policy)
             if step is not None:
                 return step
             if (found := choose_cluster_map(campaign, policy)) is not None:
                 chosen, is_cluster = found, True
-        if chosen is not None:
-            step = _sweep(campaign, chosen, policy, is_cluster=is_cluster)
-            if step is not None:
-                return step
+        if chosen is None:
+            return _conclude(campaign, policy, "no initial model")
+        step = _sweep(campaign, chosen, policy, is_cluster=is_cluster)
+        if step is not None:
+            return step
     return _conclude(campaign, policy, "every run has an outcome")
 
 

@@ -248,6 +248,28 @@ def test_without_any_initial_model_the_campaign_ends_and_is_not_tried_for_ever()
     assert "no initial model; none passes" in words(controller)
 
 
+def test_starts_that_do_not_agree_are_answered_by_clusters_of_like_views_too() -> None:
+    """Few views besides the preferred one: no model of everything is believed, one of a cluster is."""
+
+    def answer(request: RunRequest) -> Any:
+        is_refused = request.purpose is RunPurpose.INITIAL or request.subset.clusters == (0,)
+        return {"resolution": None, "cfar": None} if is_refused else good(request)
+
+    controller, asked = finish(SETTINGS, answer)
+    assert asked[:3] == ["initial 300", "initial 600", "cluster"]
+    assert "survey 600" not in asked, "there is no run whose sums could be kept by cluster"
+    template = next(r.request for r in controller.runs.values() if r.request.purpose is RunPurpose.TEMPLATE)
+    assert controller.runs[template.start_map].request.purpose is RunPurpose.CLUSTER  # type: ignore[index]
+    assert controller.best_run is not None
+
+
+def test_where_no_cluster_gives_a_model_either_the_campaign_ends() -> None:
+    controller, asked = finish(SETTINGS, lambda _: {"resolution": None, "cfar": None})
+    assert asked[3:] == ["cluster 100 (0,)", "cluster 200 (1,)", "cluster 150 (3,)"]
+    assert controller.is_finished
+    assert "no initial model; none passes" in words(controller)
+
+
 def preferred(request: RunRequest) -> dict[str, Any]:
     """Give what preferred orientation gives: a fine and streaked map of all, an isotropic one of cluster 2."""
     is_good = request.subset.clusters == (1,) or request.purpose in (RunPurpose.TEMPLATE, RunPurpose.SWEEP)
