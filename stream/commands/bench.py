@@ -35,7 +35,7 @@ def bench(
         str | None,
         typer.Option(
             help="convergence: structures and seeds (rod:0-3,antibody); engine: sets (ribozyme,betagal); "
-            "honesty: set0-4,noise,views; cryogem: cryogem,no-guidance,cut; views, junk: with, without."
+            "honesty: set0-4,noise,views; cryogem: cryogem,no-guidance,cut; views: clusters, with, without; junk: with, without."
         ),
     ] = None,
     box_px: Annotated[int | None, typer.Option(help="engine: side of the images.")] = None,

@@ -26,6 +26,10 @@ SPREAD_DEG = 8.0
 N_PARTICLES = 1_800
 N_PER_MICROGRAPH = 100
 N_CLUSTERS = 8
+OTHER_VIEW_DEG = 40.0
+"""From the preferred axis, either way: beyond it a view is another one (five standard deviations of the spread)."""
+
+PARTS = ("clusters", "without", "with")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,13 +44,56 @@ class ViewSet:
 def run_views_benchmark(
     folder: Path, *, n_particles: int = N_PARTICLES, part: str | None = None, box_px: int | None = None
 ) -> list[dict[str, Any]]:
-    """Run the sessions that `part` names ("with", "without"; None = both) and return a figure for each."""
-    if part not in (None, "with", "without"):
-        raise ConfigurationError("--part", "with, without, or both by leaving it out", part)
+    """Run what `part` names ("with", "without": the sessions; "clusters"; None = all) and return a figure for each."""
+    if part not in (None, *PARTS):
+        raise ConfigurationError("--part", f"one of {', '.join(PARTS)}, or all by leaving it out", part)
     made = simulate_views(folder, n_particles, box_px=box_px or BOX_PX)
     figures = []
-    for name in ("without", "with") if part is None else (part,):
-        figures.append(_run_session(folder, made, n_particles, has_branch=name == "with"))
+    for name in PARTS if part is None else (part,):
+        if name == "clusters":
+            figures.extend(measure_clusters(made))
+        else:
+            figures.append(_run_session(folder, made, n_particles, has_branch=name == "with"))
+    return figures
+
+
+def measure_clusters(made: ViewSet) -> list[dict[str, Any]]:
+    """Return, for features and for class averages, how many of each cluster show other views than the preferred one."""
+    import numpy as np
+    import torch
+
+    from actors.engines.particle_images import load_particles
+    from models.cryoranker.clusters import cluster_features
+    from models.cryoranker.serve import DEFAULT_MODEL, OnnxRanker
+    from models.reconstruction.classification import ClassificationSettings, classify
+    from stream.ingest.particle_sets import iterate_images, read_particle_table
+
+    is_other = np.load(made.particles_star.with_name("views.npy")) > OTHER_VIEW_DEG
+    table = read_particle_table(made.particles_star, root=made.particles_star.parent)
+    images = np.stack([image.astype(np.float32) for image in iterate_images(table, np.arange(len(is_other)))])
+    ranker = OnnxRanker(DEFAULT_MODEL, n_threads=1)
+    started = time.process_time()
+    features = np.concatenate([ranker.score(images[i : i + 64])[1] for i in range(0, len(images), 64)])
+    by_features = cluster_features(lambda: iter([features]), N_CLUSTERS).labels
+    seconds = {"features": time.process_time() - started}
+    started = time.process_time()
+    data = load_particles(made.particles_star, made.particles_star.parent, max_box_px=images.shape[-1]).data
+    settings = ClassificationSettings(n_classes=N_CLUSTERS, n_iterations=14, max_shell=10.0)
+    by_classes = classify(data, settings, torch.Generator().manual_seed(0)).assignment.numpy()
+    seconds["classes"] = time.process_time() - started
+    figures = []
+    for source, labels in (("features", by_features), ("classes", by_classes)):
+        own = [is_other[labels == label] for label in range(N_CLUSTERS)]
+        shares = {len(part): round(float(part.mean()), 3) for part in own if len(part)}
+        figures.append({
+            "name": f"views, clusters by {source}",
+            "value": max((share for size, share in shares.items() if size >= 50), default=None),
+            "unit": "share of other views in the best cluster of 50 particles or more",
+            "baseline": "their share of all particles",
+            "baseline_value": round(float(is_other.mean()), 3),
+            "share_by_size": shares,
+            "cpu_s": round(seconds[source], 1),
+        })  # fmt: skip
     return figures
 
 
@@ -100,6 +147,9 @@ def simulate_views(folder: Path, n_particles: int, *, box_px: int, seed: int = 0
         return ViewSet(particles_star=star, truth=truth, pixel_size_angstrom=pixel)
     images = (signal / noise + torch.randn(signal.shape, generator=generator)).numpy()
     (folder / "stacks").mkdir(parents=True, exist_ok=True)
+    axis = torch.from_numpy(upright[0]).float()
+    cosine = (euler_to_matrix(torch.from_numpy(euler).float())[:, 2] @ axis).abs().clamp(max=1.0)
+    np.save(folder / "views.npy", torch.rad2deg(torch.arccos(cosine)).numpy())
     rows = []
     for number in range(n_micrographs):
         own = (micrograph == number).numpy()
