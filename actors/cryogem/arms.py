@@ -1,7 +1,7 @@
 """The same virtual specimens under noise of different origin: what trainings on generated data are compared on.
 
 Every arm has the same particles, poses, CTFs and ice; what differs is the noise. Baselines are the paper's: Gaussian, Poisson and
-Poisson-Gaussian at a signal-to-noise ratio of 0.1; beside them each training of CryoGEM that is given (ablations, say).
+Poisson-Gaussian at a signal-to-noise ratio of 0.1; beside them each training of CryoGEM that is given (ablations, say), and the generator's input untranslated.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from actors.cryogem.generation import (
     fit_session_noise,
     make_noise,
     noise_by_formula,
+    untranslated,
 )
 from models.cryogem.bank import SessionBank
 from models.cryogem.baselines import NOISE_MODELS
@@ -79,6 +80,8 @@ def make_arms(
                 arms.append(Arm(name=f"{model} at SNR {PAPER_SNR}", noise=noise, frames=plain, seed=seed))
         # an ablation without physics sees the same specimens in its own way
         seen = frames if own.settings == stage.settings else render_frames(own, n_frames, seed)
+        plain_name = f"{folder.name}, untranslated"
+        arms.append(Arm(name=plain_name, noise=untranslated(own), frames=seen, seed=seed))
         arms.append(Arm(name=folder.name, noise=make_noise("cryogem", own, network), frames=seen, seed=seed))
     return arms
 

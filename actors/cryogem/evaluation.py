@@ -25,6 +25,7 @@ from actors.cryogem.generation import (
     fit_session_noise,
     make_noise,
     noise_by_formula,
+    untranslated,
 )
 from models.cryogem.bank import SessionBank, load_bank
 from models.cryogem.baselines import NOISE_MODELS
@@ -75,6 +76,8 @@ def evaluate_trainings(
 ) -> Evaluation:
     """Measure trainings of one session, their ablations for example; `n_micrographs` defaults to those held out.
 
+    Beside each stands what its generator was given, untranslated: what the network adds is the difference.
+
     `inception` is the file of a user's Inception v3, whose features take the place of the ranker's.
     """
     bank = common_bank(folders)
@@ -117,6 +120,7 @@ def evaluate_trainings(
             for model in NOISE_MODELS:
                 measure(model, noisy(noise_by_formula(model, fit)), clean)
                 measure(f"{model} at SNR {PAPER_SNR}", noisy(noise_by_formula(model, at_paper), plain), plain)
+        measure(f"{folder.name}, untranslated", noisy(untranslated(stage)), clean)
         measure(folder.name, noisy(make_noise("cryogem", stage, network)), clean)
     if panel is not None:
         _write_panel(panel, [shown[name] for name in (*_PANEL, folders[0].name)])

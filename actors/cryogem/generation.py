@@ -146,6 +146,11 @@ def make_noise(model: NoiseName, stage: PhysicsStage, network: UnetGenerator) ->
     return noise_by_formula(model, fit_session_noise(stage))
 
 
+def untranslated(stage: PhysicsStage) -> Noise:
+    """Return the function that adds the white noise that the generator is given, and no more."""
+    return lambda physics, rng: add_input_noise(physics, float(physics.mean()), stage, torch_stream(rng))
+
+
 def noise_by_formula(model: NoiseModel, fit: NoiseFit) -> Noise:
     """Return the function that adds fitted noise."""
     return lambda physics, rng: add_noise(physics, model, fit, rng)

@@ -200,16 +200,17 @@ def _judge(folder: Path, arms: tuple[str, ...], seed: int) -> None:
     sets: dict[str, dict[str, float | None]] = {}
     for name in draws[0].distances:
         of_draws = [asdict(draw.distances[name]) for draw in draws]
-        arm = name.removesuffix(f"-{seed}") if name.removesuffix(f"-{seed}") in arms else name
+        first, comma, rest = name.partition(",")
+        arm = first.removesuffix(f"-{seed}") if first.removesuffix(f"-{seed}") in arms else first
+        arm += comma + rest
         contents = [draw.content[name] for draw in draws if name in draw.content]
         sets[arm] = {m: statistics.fmean(d[m] for d in of_draws) for m in _MEASURES}
         sets[arm]["content"] = statistics.fmean(contents) if contents else None
-    first = draws[0]
     document = {
         "key": key,
         "features": f"ranker {key['features'][:12]}",
-        "n_micrographs": first.n_micrographs,
-        "n_patches": first.n_patches,
+        "n_micrographs": draws[0].n_micrographs,
+        "n_patches": draws[0].n_patches,
         "sets": sets,
     }
     with replacing(path) as temporary:

@@ -110,11 +110,13 @@ def test_arms_share_particles_and_differ_in_noise(trained):
         "gaussian at SNR 0.1",
         "poisson at SNR 0.1",
         "poisson_gaussian at SNR 0.1",
+        "small, untranslated",
         "small",
     ]
     assert all(a.frames is arms[0].frames for a in arms)
     images = [a.image(0) for a in arms]
-    assert torch.equal(images[3], arms[3].image(0))
+    assert torch.equal(images[4], arms[4].image(0))
+    assert not torch.equal(images[4], images[3])
     assert not torch.equal(images[0], images[1])
     clean = arms[0].frames[0].image.reshape(-1)
     found = [float(torch.corrcoef(torch.stack((clean, i.reshape(-1))))[0, 1]) for i in images[:2]]
@@ -132,7 +134,8 @@ def test_the_command_prints_its_contract(session, trained):
     done = CliRunner().invoke(app, [str(a) for a in arguments])
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
-    trainings = {f"{m} at SNR 0.1" for m in ("gaussian", "poisson", "poisson_gaussian")} | {"small"}
+    formulas = {f"{m} at SNR 0.1" for m in ("gaussian", "poisson", "poisson_gaussian")}
+    trainings = formulas | {"small", "small, untranslated"}
     picking, poses = found["picking"], found["poses"]
     assert set(picking["auprc"]) == {"blobs", "session, true labels", *trainings}
     assert all(0.0 <= value <= 1.0 for value in picking["auprc"].values())

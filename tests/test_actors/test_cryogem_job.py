@@ -466,7 +466,13 @@ def test_the_commands_print_their_contract(trained, tmp_path):
     assert Path(made["annotations"]).is_file()
     judged = run_command("evaluate", "cryogem", trained, "--panel", tmp_path / "panel.png", "--json")
     formulas = {f"{m}{at}" for m in ("gaussian", "poisson", "poisson_gaussian") for at in ("", " at SNR 0.1")}
-    assert set(judged["distances"]) == {"real", "physics", *formulas, trained.name}
+    assert set(judged["distances"]) == {
+        "real",
+        "physics",
+        *formulas,
+        trained.name,
+        f"{trained.name}, untranslated",
+    }
     assert judged["content"]["physics"] > judged["content"]["gaussian at SNR 0.1"] > 0.3
     assert judged["distances"]["real"]["spectrum"] < judged["distances"]["physics"]["spectrum"]
     assert Image.open(tmp_path / "panel.png").size == (4 * 128, 128)
