@@ -1,7 +1,8 @@
 """Division of a subset's particles into clusters of like views: by their cached features, or by class averages.
 
-The paper clusters features. Those of a small ranker hardly tell views apart (`ops/benchmarks/views.md`); classes of the
-images do, turned in the plane and shifted onto each other, for a pass through the images more.
+The paper clusters features. Those of a small ranker hardly tell views apart (`ops/benchmarks/views.md`). Class averages that
+begin with the features' clusters do, because images are turned in the plane and shifted onto each other; without the
+features as a start a rare view is found in one run of three.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def cluster_particles(command: ClusterParticles, layout: OutputLayout) -> Cluste
     uids = np.unique(star.particles[UID_COLUMN].to_numpy(np.uint64))
     try:
         if request.source is ClusterSource.CLASSES:
-            known, labels = _by_classes(request, layout, star)
+            known, labels = _by_classes(request, layout, star, uids)
         else:
             known, labels = _by_features(request, layout, uids)
     except ValueError as error:
@@ -85,9 +86,12 @@ def _by_features(
 
 
 def _by_classes(
-    request: ClusteringRequest, layout: OutputLayout, star: ParticleStar
+    request: ClusteringRequest, layout: OutputLayout, star: ParticleStar, uids: NDArray[np.uint64]
 ) -> tuple[NDArray[np.uint64], NDArray[np.int16]]:
-    """Cluster by class averages of the images, reduced to 48 px; in order of uid, as above."""
+    """Polish the features' clusters by class averages of the images, reduced to 48 px; in order of uid, as above.
+
+    An image without a feature begins in the first class; where nothing has features, classes begin at random.
+    """
     import torch
 
     from actors.engines.particle_images import load_particles
@@ -105,13 +109,31 @@ def _by_classes(
         n_iterations=_CLASS_ITERATIONS,
         max_shell=min(_CLASS_SHELLS, particles.data.box_size_px / 2 - 1),
     )
+    own = np.asarray(particles.table.uids, np.uint64)[particles.rows]
+    start = _start_classes(request, layout, uids, own)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        classes = classify(particles.data, settings, torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        classes = classify(
+            particles.data, settings, generator, labels=None if start is None else torch.from_numpy(start)
+        )
     finally:
         torch.set_num_threads(threads)
     path.unlink()
-    return np.asarray(particles.table.uids, np.uint64)[particles.rows], classes.assignment.numpy().astype(
-        np.int16
-    )
+    return own, classes.assignment.numpy().astype(np.int16)
+
+
+def _start_classes(
+    request: ClusteringRequest, layout: OutputLayout, uids: NDArray[np.uint64], own: NDArray[np.uint64]
+) -> NDArray[np.int64] | None:
+    """Return the class that each of `own` begins with: its features' cluster; None where too few have features."""
+    cache = FeatureCache(layout.features)
+    if int(cache.features(request.model_hash, uids)[0].sum()) < request.n_clusters:
+        return None
+    known, labels = _by_features(request, layout, uids)
+    start = np.zeros(len(own), np.int64)
+    places = np.searchsorted(known, own).clip(max=len(known) - 1)
+    is_known = known[places] == own
+    start[is_known] = labels[places[is_known]]
+    return start
