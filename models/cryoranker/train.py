@@ -115,7 +115,9 @@ class TrainConfig:
             msg = f"good_accepted: {self.good_accepted}, must lie in [0.5, 1)"
             raise ValueError(msg)
         if self.synthetic is not None and self.initial_checkpoint is None:
-            msg = "initial_checkpoint: none, synthetic particles fine-tune a ranker (default: the shipped one)"
+            msg = (
+                "initial_checkpoint: none, synthetic particles fine-tune a ranker (default: the shipped one)"
+            )
             raise ValueError(msg)
 
 
