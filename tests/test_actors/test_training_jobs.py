@@ -263,6 +263,69 @@ def test_two_workers_train_as_one_does(tmp_path):
     assert (tmp_path / "shared" / METRICS_FILE).is_file()
 
 
+_DYING_ONCE = """
+import json, os, signal, sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from actors.jobs.cryo_ief import read_job
+from actors.jobs.launch import run_training
+
+@dataclass(frozen=True)
+class DyingOnce:
+    job: Any
+    died: Path
+
+    @property
+    def model_name(self):
+        return self.job.model_name
+
+    @property
+    def resources(self):
+        return self.job.resources
+
+    def train(self, folder, workers, on_progress):
+        def report(point):
+            on_progress(point)
+            if workers.is_first and point["step"] >= 4 and not self.died.exists():
+                self.died.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+        return self.job.train(folder, workers, report)
+
+config, out, died = map(Path, sys.argv[1:])
+print(json.dumps(run_training(DyingOnce(read_job(config), died), out)))
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_group_whose_worker_is_killed_is_started_again_and_goes_on_from_its_state(tmp_path):
+    path = configuration(tmp_path, workers=2, n_epochs=3)
+    alone = run_training(read_job(configuration(tmp_path / "one", n_epochs=3)), tmp_path / "alone")
+    out, died = tmp_path / "shared", tmp_path / "died"
+    finished = subprocess.run(
+        [sys.executable, "-c", _DYING_ONCE, str(path), str(out), str(died)],
+        cwd=_ROOT,
+        env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"},
+        capture_output=True,
+        text=True,
+        timeout=800,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    assert died.exists()
+    assert json.loads(finished.stdout.splitlines()[-1])["n_steps"] == alone["n_steps"] == 9
+    curves = [json.loads((folder / "curve.json").read_text()) for folder in (tmp_path / "alone", out)]
+    assert [point["step"] for point in curves[1]] == [point["step"] for point in curves[0]]
+    for one, two in zip(*curves, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=2e-3)
+    # What was reported twice, before the kill and after it, is in TensorBoard's curve once.
+    steps = [step for step, _ in scalars(out)["loss"]]
+    assert steps == sorted(set(steps))
+    assert 'icestream_training_step{model="cryo_ief"} 9.0' in (out / METRICS_FILE).read_text()
+
+
 def test_sets_of_different_kinds_make_one_collection(tmp_path):
     write_stack(tmp_path / "a.mrcs", images_of(0))
     simulated = {"n_phantoms": 1, "fields_per_structure": 2, "first_seed": 7}
