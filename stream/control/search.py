@@ -125,9 +125,12 @@ def _sweep(campaign: CampaignRecord, start: RunResult, policy: RunPolicy, *, is_
 
 
 def _conclude(campaign: CampaignRecord, policy: RunPolicy, why: str) -> Conclusion:
-    """Choose the campaign's map: the best of those on whole or nested sets that pass."""
+    """Choose the campaign's map: the best of those on whole or nested sets that pass, else of the branch's.
+
+    A cluster's map that passes says more in every direction than a streaked one of everything.
+    """
     candidates = _list_candidates(campaign)
-    best = choose_best(list_passed(candidates, policy))
+    best = choose_best(list_passed(candidates, policy)) or choose_cluster_map(campaign, policy)
     if best is not None:
         return Conclusion(chosen=best.run_id, reason=f"{why}; {best.run_id} is best: {describe_result(best)}")
     worse = choose_best(candidates)

@@ -300,6 +300,21 @@ def test_preferred_orientation_is_answered_by_clusters_of_like_views() -> None:
     assert "3 particles without features are in none" in said
 
 
+def test_where_everything_stays_streaked_the_clusters_map_that_passes_is_accepted() -> None:
+    def answer(request: RunRequest) -> Any:
+        return (
+            {"resolution": 7.0, "cfar": 0.4}
+            if request.subset.clusters == (1,)
+            else {"resolution": 5.0, "cfar": 0.03}
+        )
+
+    controller, asked = finish(SETTINGS, answer)
+    assert "template 600" in asked
+    accepted = controller.best_run
+    assert accepted is not None
+    assert controller.runs[accepted.run_id].request.purpose is RunPurpose.CLUSTER
+
+
 def test_the_branch_can_be_switched_off() -> None:
     _, asked = finish(with_policy(orientation_branch=False), preferred)
     assert asked == ["initial 300", "initial 600", "sweep 150", "sweep 300", "sweep 450"]
