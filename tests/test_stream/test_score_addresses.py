@@ -20,11 +20,10 @@ def stacks(tmp_path_factory):
         path = root / job / "extract" / name
         path.parent.mkdir(parents=True)
         images = rng.normal(size=(N_PER_STACK, 64, 64)).astype(np.float32)
-        # Smoothed by very different amounts, so that scores differ by more than rounding.
-        for index, image in enumerate(images):
-            spectrum = np.fft.rfft2(image)
-            k = np.hypot(np.fft.fftfreq(64)[:, None], np.fft.rfftfreq(64)[None, :])
-            images[index] = np.fft.irfft2(spectrum * np.exp(-((k * (index + 1) * 4) ** 2)), s=(64, 64))
+        # Blobs of very different clearness, so that scores differ by more than rounding.
+        y, x = np.mgrid[:64, :64] - 32
+        blob = np.exp(-(y**2 + (x / 1.4) ** 2) / (2 * 8.0**2)).astype(np.float32)
+        images += np.linspace(0.3, 1.5, N_PER_STACK, dtype=np.float32)[:, None, None] * blob
         with mrcfile.new(path) as stack:
             stack.set_data(images)
             stack.set_image_stack()
