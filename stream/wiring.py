@@ -24,7 +24,7 @@ from stream.config import CtfSettings, RankerSettings, SessionSettings
 from stream.control.controller import Controller
 from stream.control.exposures import ExposureState
 from stream.ingest.source import ExposureSource, KnownFile, SourceSettings, is_about_settings
-from stream.records.errors import ConfigurationError
+from stream.records.errors import ConfigurationError, IcestreamError
 from stream.records.events import BY_CONFIGURATION, Event, QualityLimitsChanged
 from stream.records.values import InputKind
 from stream.status import summarize
@@ -333,6 +333,19 @@ def run_session(
             while service.has_stage_in_work:
                 service.step(POLL_TIMEOUT_S)
             write_exports(OutputLayout(settings.out), service.controller)
-            return summarize(service.controller)
+            status = summarize(service.controller)
         finally:
             service.close()
+    _write_report(OutputLayout(settings.out))
+    return status
+
+
+def _write_report(layout: OutputLayout) -> None:
+    """Leave the session's report in its folder; a session is none the worse for a report that cannot be written."""
+    from stream.session_facts import gather_facts
+    from stream.sinks.report.page import write_report
+
+    try:
+        write_report(layout.report, gather_facts(layout.root))
+    except IcestreamError as error:
+        log.warning("report_not_written", reason=str(error))

@@ -244,4 +244,4 @@ def _print_summary(document: dict[str, Any], session: Path) -> None:
         f"95 % within {shown(document['latency_p95_s'], 's')}; {document['wall_s'] / 60:.1f} min in all"
     )
     typer.echo(f"look at    {session}/runs/*/map.png, {session}/micrographs/*.png, {session}/export/")
-    typer.echo(f"report     icestream report {session} --html report.html")
+    typer.echo(f"report     {session}/report.html")

@@ -14,7 +14,7 @@ from stream.records.events import QualityLimitsChanged
 from stream.status import load_controller
 from stream.store.journal import read_journal
 from stream.store.layout import OutputLayout
-from stream.wiring import build_worker_spec, open_service
+from stream.wiring import build_worker_spec, open_service, run_session
 
 
 def start(settings: SessionSettings) -> None:
@@ -81,3 +81,17 @@ def test_a_start_removes_what_killed_stages_left_and_nothing_else(
     start(make_settings(tmp_path))
     assert [path for path in left if path.exists()] == []
     assert [path for path in kept if not path.exists()] == []
+
+
+def test_a_session_that_ends_leaves_its_report(tmp_path: Path, layout: OutputLayout) -> None:
+    settings = make_settings(tmp_path)
+    settings.movies.mkdir(exist_ok=True)
+    run_session(settings, until_idle=True, in_process=True)
+    assert "<html" in layout.report.read_text()
+
+
+def test_a_report_that_cannot_be_written_spoils_no_session(tmp_path: Path, layout: OutputLayout) -> None:
+    settings = make_settings(tmp_path)
+    settings.movies.mkdir(exist_ok=True)
+    layout.report.mkdir(parents=True)
+    assert run_session(settings, until_idle=True, in_process=True)["finished"]
