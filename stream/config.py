@@ -219,6 +219,7 @@ class PolicySettings(_Section):
     n_clusters: Annotated[int, Field(ge=2, le=64)] = 8
     cluster_by: Literal["features", "classes"] = "features"
     cluster_min_particles: Annotated[int, Field(ge=50)] = 500
+    union_cfar_ratio: Fraction = 0.5
 
     @model_validator(mode="after")
     def _numbers_agree(self) -> PolicySettings:

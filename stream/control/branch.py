@@ -1,10 +1,11 @@
 """Preferred orientation: no run from nothing passes the cFAR bound, so the particles are divided by view.
 
 cluster ──▶ survey: the best search run continued, its sums kept by cluster ──▶ the union that they foretell to pass
-        ──▶ where there is none, or it does not keep what was foretold: each cluster from nothing
+        ──▶ where there is none, or its cFAR is under `union_cfar_ratio` of its null: each cluster from nothing
 
-A union costs a short run and a refinement, the clusters eight initial models. Of what passes the best resolution is the
-map that everything is refined against.
+A union costs a short run and a refinement, the clusters eight initial models. But its poses are those of the map that
+did not pass: where that map is wrong so is the union's, and may pass the bound by a little all the same. Of what
+passes the best resolution is the map that everything is refined against, of equals (at Nyquist) the more isotropic one.
 
 Clusters under `cluster_min_particles` are left out; with fewer than two such clusters' worth of particles there
 is nothing to divide. A clustering that fails (no features, say) ends the branch; without a survey there is no union.
@@ -15,7 +16,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from stream.control.campaign import CampaignRecord, ClusteringDraft, RunDraft, Step, list_passed, subset_of
-from stream.control.runs import choose_best, find_cfar_bound
+from stream.control.runs import choose_best, find_cfar_bound, honest_resolution, share_of_null
 from stream.control.settings import RunPolicy
 from stream.records.values import ParticleSubset, RunPurpose, RunResult, UnionForecast
 
@@ -42,14 +43,16 @@ def list_branch_step(campaign: CampaignRecord, policy: RunPolicy) -> Step | None
     for draft in (_draft_survey(campaign), _draft_union(campaign, policy)):
         if draft is not None and (missing := campaign.list_missing([draft])) is not None:
             return missing
-    if list_passed(campaign.list_results(RunPurpose.UNION), policy):
+    unions = list_passed(campaign.list_results(RunPurpose.UNION), policy)
+    if any(share_of_null(union) >= policy.union_cfar_ratio for union in unions):
         return None
     return campaign.list_missing(list_cluster_runs(campaign, policy))
 
 
 def choose_cluster_map(campaign: CampaignRecord, policy: RunPolicy) -> RunResult | None:
     """Return the best of the branch's maps that pass, or None."""
-    return choose_best(list_passed(campaign.list_results(*FROM_BRANCH), policy))
+    passed = list_passed(campaign.list_results(*FROM_BRANCH), policy)
+    return min(passed, key=lambda run: (honest_resolution(run), -share_of_null(run)), default=None)
 
 
 def list_cluster_runs(campaign: CampaignRecord, policy: RunPolicy) -> list[RunDraft]:

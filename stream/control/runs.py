@@ -64,6 +64,13 @@ def find_cfar_bound(result: RunResult, policy: RunPolicy) -> float:
     return min(policy.cfar_bound, policy.cfar_null_ratio * null)
 
 
+def share_of_null(result: RunResult) -> float:
+    """Return cFAR over what isotropic data would give, 0 where either is unknown."""
+    if result.cfar is None or not result.cfar_null:
+        return 0.0
+    return result.cfar / result.cfar_null
+
+
 def has_passed(result: RunResult | None, policy: RunPolicy) -> bool:
     """Tell whether a result may become the accepted map: resolved, and not below the cFAR that it must reach."""
     if result is None or result.resolution_angstrom is None or result.cfar is None:

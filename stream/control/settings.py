@@ -48,6 +48,7 @@ class RunPolicy:
     n_clusters: int = 8
     cluster_by: ClusterSource = ClusterSource.FEATURES
     cluster_min_particles: int = 500
+    union_cfar_ratio: float = 0.5
     max_parallel_runs: int = 1
     symmetry: str = "C1"
     mask_diameter_angstrom: float | None = None

@@ -369,6 +369,32 @@ def test_a_union_that_does_not_keep_what_was_foretold_is_followed_by_the_cluster
     assert asked[2:6] == ["cluster", "survey 600", "union 120 (0, 2)", "cluster 100 (0,)"]
 
 
+def test_a_union_that_passes_by_a_little_does_not_save_the_clusters_and_the_more_isotropic_of_equals_is_the_template() -> (
+    None
+):
+    """A union keeps the poses of the map that did not pass; at Nyquist resolution tells maps apart no more."""
+    forecast = UnionForecast(
+        clustering=ClusteringId("k"),
+        clusters=(0, 2),
+        n_particles=120,
+        resolution_angstrom=7.0,
+        cfar=0.24,
+        cfar_null=0.6,
+    )
+    answers = {RunPurpose.UNION: 0.2, RunPurpose.CLUSTER: 0.5}
+
+    def answer(request: RunRequest) -> dict[str, Any]:
+        cfar = answers.get(request.purpose, 0.1)
+        said: dict[str, Any] = {"resolution": 7.0, "cfar": cfar}
+        return said | {"union": forecast if request.purpose is RunPurpose.SURVEY else None}
+
+    controller, asked = finish(SETTINGS, answer)
+    assert asked[4:6] == ["union 120 (0, 2)", "cluster 100 (0,)"]
+    template = next(r for r in controller.runs.values() if r.request.purpose is RunPurpose.TEMPLATE)
+    start = controller.runs[template.request.start_map]  # type: ignore[index]
+    assert start.request.purpose is RunPurpose.CLUSTER
+
+
 def test_a_clustering_that_fails_or_divides_too_finely_leaves_the_sweep_to_the_best_resolution() -> None:
     controller, asked = finish(SETTINGS, lambda _: {"resolution": 5.0, "cfar": 0.03})
     assert asked[-4:] == ["cluster 150 (3,)", "sweep 150", "sweep 300", "sweep 450"]
