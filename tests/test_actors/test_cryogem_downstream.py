@@ -17,7 +17,7 @@ from actors.cryogem.evaluation import evaluate_trainings
 from actors.cryogem.step_cost import measure_step
 from actors.cryogem.topaz_training import TopazTraining, train_topaz
 from actors.cryogem.truth import read_truth
-from actors.cryogem.virtual_session import TRUTH_STAR, VirtualSessionSettings, write_virtual_session
+from actors.cryogem.virtual_session import TRUTH_STAR
 from actors.jobs.cryogem import read_job
 from models.cryo_ief.workers import Workers
 from models.cryogem.bank import load_bank
@@ -50,17 +50,8 @@ CONFIG = {
 
 
 @pytest.fixture(scope="module")
-def session(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("session")
-    settings = VirtualSessionSettings(
-        n_micrographs=4,
-        shape_yx_px=(192, 256),
-        pixel_size_angstrom=6.0,
-        structure="phantom:3:mass_kda=300",
-        particles_per_micrograph=14.0,
-    )
-    write_virtual_session(folder, settings)
-    return folder
+def session(virtual_session) -> Path:
+    return virtual_session
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,6 @@ from PIL import Image
 from actors.cryogem.config import GenerateConfig, SourceConfig, read_generate_config, read_train_config
 from actors.cryogem.generation import generate_micrographs
 from actors.cryogem.session_bank import read_session_bank
-from actors.cryogem.virtual_session import VirtualSessionSettings, write_virtual_session
 from actors.jobs.cryogem import prepare_bank, read_job
 from models.cryo_ief.workers import Workers
 from models.cryogem.bank import load_bank
@@ -55,20 +54,6 @@ TRAINING = {
 }
 
 
-@pytest.fixture(scope="module")
-def session(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("session")
-    settings = VirtualSessionSettings(
-        n_micrographs=4,
-        shape_yx_px=(192, 256),
-        pixel_size_angstrom=6.0,
-        structure="phantom:3:mass_kda=300",
-        particles_per_micrograph=14.0,
-    )
-    write_virtual_session(folder, settings)
-    return folder
-
-
 def write_config(folder: Path, session: Path, **changes) -> Path:
     document = {
         "source": {"session": str(session), "short_side_px": 128},
@@ -80,6 +65,11 @@ def write_config(folder: Path, session: Path, **changes) -> Path:
     path = folder / "cryogem.yaml"
     path.write_text(yaml.safe_dump(document))
     return path
+
+
+@pytest.fixture(scope="module")
+def session(virtual_session) -> Path:
+    return virtual_session
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import pytest
 import yaml
 
 from actors.cryogem.config import read_train_config
-from actors.cryogem.virtual_session import VirtualSessionSettings, write_virtual_session
 from models.cryogem.networks import NetworkSettings
 from stream.commands import bench_cryogem
 from stream.commands.bench_cryogem import run_cryogem_benchmark, summarise, table, variant
@@ -39,17 +38,8 @@ TRAINING = {
 
 
 @pytest.fixture(scope="module")
-def session(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("session")
-    settings = VirtualSessionSettings(
-        n_micrographs=4,
-        shape_yx_px=(192, 256),
-        pixel_size_angstrom=6.0,
-        structure="phantom:3:mass_kda=300",
-        particles_per_micrograph=14.0,
-    )
-    write_virtual_session(folder, settings)
-    return folder
+def session(virtual_session) -> Path:
+    return virtual_session
 
 
 @pytest.fixture
