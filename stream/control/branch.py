@@ -5,7 +5,7 @@ cluster ──▶ survey: the best search run continued, its sums kept by cluste
 
 A union costs a short run and a refinement, the clusters eight initial models. But its poses are those of the map that
 did not pass: where that map is wrong so is the union's, and may pass the bound by a little all the same. Of what
-passes the best resolution is the map that everything is refined against, of equals (at Nyquist) the more isotropic one.
+passes the best resolution is the map that everything is refined against, of equals (2 %) the more isotropic one.
 
 Clusters under `cluster_min_particles` are left out; with fewer than two such clusters' worth of particles there
 is nothing to divide. A clustering that fails (no features, say) ends the branch; without a survey there is no union.
@@ -21,6 +21,9 @@ from stream.control.settings import RunPolicy
 from stream.records.values import ParticleSubset, RunPurpose, RunResult, UnionForecast
 
 FROM_BRANCH = (RunPurpose.UNION, RunPurpose.CLUSTER)
+
+EQUAL_RESOLUTION = 0.02
+"""Relative; half maps of the same particles differ by as much from one run to the next."""
 
 
 def list_branch_step(campaign: CampaignRecord, policy: RunPolicy) -> Step | None:
@@ -52,7 +55,9 @@ def list_branch_step(campaign: CampaignRecord, policy: RunPolicy) -> Step | None
 def choose_cluster_map(campaign: CampaignRecord, policy: RunPolicy) -> RunResult | None:
     """Return the best of the branch's maps that pass, or None."""
     passed = list_passed(campaign.list_results(*FROM_BRANCH), policy)
-    return min(passed, key=lambda run: (honest_resolution(run), -share_of_null(run)), default=None)
+    finest = min(map(honest_resolution, passed), default=0.0)
+    equals = [run for run in passed if honest_resolution(run) <= finest * (1.0 + EQUAL_RESOLUTION)]
+    return max(equals, key=share_of_null, default=None)
 
 
 def list_cluster_runs(campaign: CampaignRecord, policy: RunPolicy) -> list[RunDraft]:

@@ -385,7 +385,8 @@ def test_a_union_that_passes_by_a_little_does_not_save_the_clusters_and_the_more
 
     def answer(request: RunRequest) -> dict[str, Any]:
         cfar = answers.get(request.purpose, 0.1)
-        said: dict[str, Any] = {"resolution": 7.0, "cfar": cfar}
+        resolution = 7.1 if request.purpose is RunPurpose.CLUSTER else 7.0
+        said: dict[str, Any] = {"resolution": resolution, "cfar": cfar}
         return said | {"union": forecast if request.purpose is RunPurpose.SURVEY else None}
 
     controller, asked = finish(SETTINGS, answer)
