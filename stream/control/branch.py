@@ -23,7 +23,7 @@ from stream.records.values import ParticleSubset, RunPurpose, RunResult, UnionFo
 FROM_BRANCH = (RunPurpose.UNION, RunPurpose.CLUSTER)
 
 EQUAL_RESOLUTION = 0.02
-"""Relative; half maps of the same particles differ by as much from one run to the next."""
+"""Relative: a smaller difference in resolution does not tell which of two clusters' maps is right."""
 
 
 def list_branch_step(campaign: CampaignRecord, policy: RunPolicy) -> Step | None:
