@@ -110,7 +110,8 @@ def test_a_shipped_ranker_in_onnx_gives_features_and_scores():
     from models.cryoranker.serve import DEFAULT_MODEL
 
     model = load_encoding_model(DEFAULT_MODEL)
-    encoded = model.encode(np.random.default_rng(0).integers(0, 256, (65, 64, 64)).astype(np.uint8))
+    shape = (65, model.input_size_px, model.input_size_px)
+    encoded = model.encode(np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8))
     assert encoded.features.shape[0] == len(encoded.scores) == 65
 
 
