@@ -328,15 +328,19 @@ def test_a_small_set_is_not_divided_and_the_streaked_map_is_not_accepted() -> No
     assert "with fewer than 10000 particles they are not divided by view" in words(controller)
 
 
-def test_a_union_that_the_sums_foretell_saves_the_clusters_runs() -> None:
-    forecast = UnionForecast(
+def foretell(*, cfar: float) -> UnionForecast:
+    return UnionForecast(
         clustering=ClusteringId("k"),
         clusters=(0, 2),
         n_particles=120,
         resolution_angstrom=7.0,
-        cfar=0.33,
+        cfar=cfar,
         cfar_null=0.6,
     )
+
+
+def test_a_union_that_the_sums_foretell_saves_the_clusters_runs() -> None:
+    forecast = foretell(cfar=0.33)
 
     def answer(request: RunRequest) -> dict[str, Any]:
         streaked = (RunPurpose.INITIAL, RunPurpose.SURVEY)
@@ -353,14 +357,7 @@ def test_a_union_that_the_sums_foretell_saves_the_clusters_runs() -> None:
 
 
 def test_a_union_that_does_not_keep_what_was_foretold_is_followed_by_the_clusters() -> None:
-    forecast = UnionForecast(
-        clustering=ClusteringId("k"),
-        clusters=(0, 2),
-        n_particles=120,
-        resolution_angstrom=7.0,
-        cfar=0.33,
-        cfar_null=0.6,
-    )
+    forecast = foretell(cfar=0.33)
 
     def answer(request: RunRequest) -> dict[str, Any]:
         return preferred(request) | {"union": forecast if request.purpose is RunPurpose.SURVEY else None}
@@ -369,18 +366,11 @@ def test_a_union_that_does_not_keep_what_was_foretold_is_followed_by_the_cluster
     assert asked[2:6] == ["cluster", "survey 600", "union 120 (0, 2)", "cluster 100 (0,)"]
 
 
-def test_a_union_that_passes_by_a_little_does_not_save_the_clusters_and_the_more_isotropic_of_equals_is_the_template() -> (
+def test_a_union_that_passes_by_a_little_is_followed_by_the_clusters_of_which_the_most_isotropic_is_the_template() -> (
     None
 ):
     """A union keeps the poses of the map that did not pass; at Nyquist resolution tells maps apart no more."""
-    forecast = UnionForecast(
-        clustering=ClusteringId("k"),
-        clusters=(0, 2),
-        n_particles=120,
-        resolution_angstrom=7.0,
-        cfar=0.24,
-        cfar_null=0.6,
-    )
+    forecast = foretell(cfar=0.24)
     answers = {RunPurpose.UNION: 0.2, RunPurpose.CLUSTER: 0.5}
 
     def answer(request: RunRequest) -> dict[str, Any]:
