@@ -31,6 +31,7 @@ from actors.handlers import (
     attempt,
 )
 from actors.outcomes import WorkCommand, WorkOutcome, event_for, item_of
+from stream.huge_pages import TUNABLE, VARIABLE
 from stream.records.commands import (
     CancelRun,
     ClusterParticles,
@@ -229,10 +230,11 @@ class RayRuntime:
             options |= {"max_concurrency": pools.n_rank_callers, "num_gpus": pools.ranker_gpus}
         elif pool == "engine":
             options |= {"num_gpus": pools.engine_gpus}
-        threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(n_threads))
+        environment = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(n_threads))
+        environment[VARIABLE] = os.environ.get(VARIABLE) or f"{TUNABLE}=1"
         niceness = pools.engine_niceness if pool == "engine" else 0
         actor_class = ray.remote(_Worker)
-        return actor_class.options(runtime_env={"env_vars": threads}, **options).remote(
+        return actor_class.options(runtime_env={"env_vars": environment}, **options).remote(
             pool, self._spec, niceness
         )
 

@@ -50,7 +50,3 @@ def main() -> None:
     except IcestreamError as error:
         console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
         sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()

@@ -33,7 +33,7 @@ from models.cryo_ief.vit import CryoVit, TokenBatchNorm, unit_feature
 
 Precision = Literal["fp32", "fp16", "int8"]
 
-OPSET = 18
+OPSET = 20
 FORMAT = "icestream-ranker-1"
 """Metadata value by which a server knows the file."""
 MAX_SCORE_DIFF = {"fp32": 1e-4, "fp16": 5e-3}

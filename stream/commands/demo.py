@@ -108,7 +108,7 @@ def _prepare(out: Path, microscope: Path, session: Path) -> None:
 
 
 def _simulate_command(out: Path, movies: int, seed: int, *, preferred_orientation: bool) -> list[str]:
-    command = [sys.executable, "-m", "stream.cli", "simulate", "--out", str(out), "--movies", str(movies)]
+    command = [sys.executable, "-m", "stream", "simulate", "--out", str(out), "--movies", str(movies)]
     command += [
         "--structure",
         f"phantom:{seed}:mass_kda=400",

@@ -28,7 +28,7 @@ def icestream(
     *arguments: object, check: bool = True, timeout_s: float = 300
 ) -> subprocess.CompletedProcess[str]:
     """Run the command line and return what it printed."""
-    command = [sys.executable, "-m", "stream.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "stream", *map(str, arguments)]
     done = subprocess.run(
         command,
         capture_output=True,

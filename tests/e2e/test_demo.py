@@ -49,7 +49,7 @@ def test_the_demo_ends_with_a_map_that_is_as_good_as_it_says_and_every_panel_has
 ) -> None:
     harness = load_harness()
     port = free_port()
-    command = [sys.executable, "-m", "stream.cli", "demo", "--out", str(tmp_path / "demo"), "--json"]
+    command = [sys.executable, "-m", "stream", "demo", "--out", str(tmp_path / "demo"), "--json"]
     command += ["--movies", str(N_MOVIES), "--metrics-port", str(port)]
     errors: dict[str, str] = {}
     panels: set[tuple[str, str]] = set()

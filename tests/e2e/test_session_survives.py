@@ -30,7 +30,7 @@ def start(microscope: Path, out: Path, *more: str) -> subprocess.Popen[str]:
     command = [
         sys.executable,
         "-m",
-        "stream.cli",
+        "stream",
         "run",
         *map(str, kit.session_options(microscope, out)),
         *more,
