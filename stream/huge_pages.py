@@ -1,7 +1,7 @@
 """Memory in pages of 2 MiB for this program and what it starts, where Linux gives them to programs that ask.
 
 Weights and images are read over and over by matrix products, which miss the processor's page table with pages of 4 KiB:
-with large ones ViT-B runs 3-4 % faster in float32 and the initial model 3-10 % (`ops/benchmarks/vit_b.md`). glibc asks
+with large ones ViT-B runs 3-4 % faster in float32 and the initial model 3-6 % (`ops/benchmarks/vit_b.md`). glibc asks
 for them when its tunable says so, and reads the tunable when a program starts; so the program starts itself again once.
 """
 
