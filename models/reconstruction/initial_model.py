@@ -38,10 +38,10 @@ FINE_BLOCK = 5
 """Iterations with fine poses between two comparisons: most of a pass over 3,000 images."""
 
 ROUNDS_OF_TWO = 2
-"""Rounds in which two starts go on (while they rise; a block) before another joins in each."""
+"""Rounds in which two starts go on (while they rise; a block) before another joins in every other one."""
 
-MAX_FINE_STEPS = 20
-"""Of one start; ClpB's mixture of two registers came apart within ten."""
+MAX_FINE_STEPS = 80
+"""Of one start; ClpB's mixture of two registers came apart within ten, a rod's head and tail within 60 to 80."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +133,8 @@ def find_initial_model(
                 if not judge_seed(data, finalists[likeliest[0]].result, settings, judge()).is_accepted:
                     break
                 unfinished = [i for i in likeliest if fines[i].n_steps < MAX_FINE_STEPS]
-                if n_rounds >= ROUNDS_OF_TWO and more_starts:
+                is_joining = n_rounds >= ROUNDS_OF_TWO and (n_rounds - ROUNDS_OF_TWO) % 2 == 0
+                if more_starts and (is_joining or not unfinished):
                     index = more_starts.pop(0)
                     if index not in starts:
                         starts[index] = begin(index)
