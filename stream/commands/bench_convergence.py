@@ -30,7 +30,7 @@ N_PARTICLES = 3_000
 SNR = 0.05
 JUNK_FRACTION = 0.05
 N_STARTS = 4
-RECIPE = "pairs, fine poses, agreement of poses"
+RECIPE = "pairs, 80 iterations with fine poses, agreement of poses"
 """What the search does; to be renamed where that changes, so that runs of different recipes are not counted together."""
 
 MAX_RATIO = 1.5

@@ -54,31 +54,15 @@ def run_vit_benchmark(
     particle at a time, and the float32 network in evaluation mode. The second figure counts the products that the exported
     graph makes: its last block computes the CLS token alone.
     """
+    import torch
+    from scipy.stats import spearmanr
     from threadpoolctl import threadpool_limits
 
     if n_particles < 2 * batch_size:
         raise ConfigurationError(
             "bench vit-b", f"at least two batches of {batch_size} particles", n_particles
         )
-    with threadpool_limits(1):
-        return _measure_all(
-            folder, n_particles, box_size_px, n_per_exposure, batch_size, n_repeats, size, seed
-        )
-
-
-def _measure_all(
-    folder: Path,
-    n_particles: int,
-    box_size_px: int,
-    n_per_exposure: int,
-    batch_size: int,
-    n_repeats: int,
-    size: str,
-    seed: int,
-) -> list[dict[str, Any]]:
-    import torch
-    from scipy.stats import spearmanr
-
+    threadpool_limits(1)  # holds until the process ends, as torch's does
     torch.set_num_threads(1)
     model, fp32, int8, particles = _export(folder, size, batch_size, n_particles, seed)
     # what was prepared for the network, mirrored out to the box of an extracted particle
