@@ -29,7 +29,7 @@ class AdviceSettings:
     """Numbers that advice goes by.
 
     cFAR is low under `low_cfar_ratio` of its null (without a null: under `low_cfar`) and good from `even_cfar_ratio`
-    on. Little is to be gained when doubling the particles is predicted to give less than `min_gain_angstrom` or
+    on. Little is to be gained when doubling the particles is predicted to gain less than `min_gain_angstrom` or
     `min_gain_fraction` of the resolution. A fall of the scores is told of when the median lost `min_score_fall`
     of its value, and four standard errors. Fewer than `min_particles_per_exposure` good particles are few.
     `planned_exposures` is how many the session is to have: what is left of them then takes the place of doubling.
@@ -246,7 +246,7 @@ def _advise_growth(run: EndedRun, facts: SessionFacts, settings: AdviceSettings)
         else f"what is left of {settings.planned_exposures:,} exposures ({factor:.1f} times the particles)"
     )
     prediction = (
-        f"{more} is predicted to give {forecast.expected_angstrom:.2f} Å "
+        f"{more} is predicted to gain {forecast.expected_angstrom:.2f} Å "
         f"(95 % interval {forecast.low_angstrom:.2f} to {forecast.high_angstrom:.2f} Å)"
     )
     if _is_at_nyquist(result, settings):

@@ -187,7 +187,7 @@ def test_what_is_left_of_a_planned_session_takes_the_place_of_doubling() -> None
     settings = replace(SETTINGS, planned_exposures=500)
     advice = only(advise(facts(run, n_exposures=400), settings))
     assert advice.words.startswith(
-        "resolution gains flatten: what is left of 500 exposures (1.2 times the particles) is predicted to give 0.05 Å"
+        "resolution gains flatten: what is left of 500 exposures (1.2 times the particles) is predicted to gain 0.05 Å"
     )
     assert advice.numbers["factor"] == 1.25
     at_the_end = only(advise(facts(run, n_exposures=500), settings))
@@ -207,7 +207,7 @@ def test_a_growing_map_is_told_what_doubling_gives() -> None:
     advice = only(advise(facts(ended(figures=RunFigures(growth=GROWTH))), SETTINGS))
     assert (advice.kind, advice.severity) == (AdviceKind.GROWTH, Severity.INFO)
     assert advice.words == (
-        "doubling the 20,000 particles is predicted to give 0.15 Å (95 % interval 0.10 to 0.24 Å)"
+        "doubling the 20,000 particles is predicted to gain 0.15 Å (95 % interval 0.10 to 0.24 Å)"
     )
 
 
@@ -223,7 +223,7 @@ def test_stopping_is_advised_when_all_four_conditions_hold() -> None:
     assert advice.kind is AdviceKind.STOP
     assert advice.numbers["gain_high_angstrom"] == pytest.approx(0.05622, abs=1e-4)
     assert advice.words == (
-        "resolution gains flatten: doubling the 20,000 particles is predicted to give 0.04 Å (95 % interval 0.03 to "
+        "resolution gains flatten: doubling the 20,000 particles is predicted to gain 0.04 Å (95 % interval 0.03 to "
         "0.06 Å); consider stopping"
     )
 

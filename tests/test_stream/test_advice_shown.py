@@ -56,7 +56,7 @@ def test_the_status_gives_advice_in_words_and_numbers() -> None:
     controller = session(ended("run001"))
     (item,) = summarize(controller)["advice"]
     assert (item["kind"], item["severity"]) == ("growth", "info")
-    assert item["words"].startswith("doubling the 100 particles is predicted to give 0.30 Å")
+    assert item["words"].startswith("doubling the 100 particles is predicted to gain 0.30 Å")
     assert item["numbers"]["gain_angstrom"] == pytest.approx(0.3)
     json.dumps(item)
 
