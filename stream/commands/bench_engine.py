@@ -2,35 +2,28 @@
 
 RELION runs with the usual settings of its InitialModel and 3D auto-refine jobs (`INITIAL_MODEL`, `AUTO_REFINE`); both engines refine
 from the same start map with the same half sets and mask diameter. RELION's full course takes hours on a CPU: a time limit
-stops it, the last map that it wrote is measured, and how far it had come is stated. Times are wall and CPU seconds
-of both, everything included but the reading of the truth.
+stops it, the last map that it wrote is measured, and how far it had come is stated; a higher limit lets it go on. Times are
+wall and CPU seconds of both (of RELION's MPI ranks the followers', not the waiting leader's).
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
-import resource
 import shutil
-import signal
-import subprocess
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stream.commands.bench_convergence import BOX_PX, SNR, simulate_particles
+from stream.commands.engine_sets import SETS, PreparedSet, prepare_set
+from stream.commands.relion_runs import TimedRun, run_relion
 from stream.records.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from collections.abc import Callable
 
-    from models.reconstruction.particle_data import CtfParameters
-
-SETS = ("ribozyme", "rod", "antibody", "betagal")
-"""Three simulated sets, and the 2,374 picks of EMPIAR-10204 (D2)."""
+    from actors.engines.base import EngineInput, EngineSettings
+    from actors.engines.embedded import EmbeddedEngine
 
 DEFAULT_SIZE = 1_000
 DEFAULT_BOX_PX = 32
@@ -38,43 +31,23 @@ DEFAULT_LIMIT_S = 600.0
 START_ANGSTROM = 30.0
 
 INITIAL_MODEL = (
-    "--sgd --denovo_3dref --ctf --K 1 --flatten_solvent --zero_mask --pool 3 --pad 1 --skip_gridding "
+    "--sgd --denovo_3dref --ctf --K 1 --flatten_solvent --zero_mask "
     "--sgd_ini_iter 50 --sgd_inbetween_iter 200 --sgd_fin_iter 50 --sgd_ini_resol 35 --sgd_fin_resol 15 "
     "--sgd_ini_subset 100 --sgd_fin_subset 500 --sgd_write_iter 10 --oversampling 1 --healpix_order 1 "
-    "--offset_range 6 --offset_step 4 --dont_combine_weights_via_disc --j 1"
+    "--offset_range 6 --offset_step 4"
 )
 N_SGD_ITERATIONS = 300
 
 MPI_RUN = "mpirun -n 3 --oversubscribe --allow-run-as-root --bind-to none --mca mpi_yield_when_idle 1"
 
 AUTO_REFINE = (
-    "--auto_refine --split_random_halves --ctf --firstiter_cc --flatten_solvent --zero_mask --pool 3 --pad 2 "
+    "--auto_refine --split_random_halves --ctf --firstiter_cc --flatten_solvent --zero_mask "
     "--oversampling 1 --healpix_order 2 --auto_local_healpix_order 4 --offset_range 5 --offset_step 2 "
-    "--low_resol_join_halves 40 --norm --scale --dont_combine_weights_via_disc --j 1"
+    "--low_resol_join_halves 40 --norm --scale"
 )
 
-
-@dataclass(frozen=True, slots=True)
-class PreparedSet:
-    """One set on disk: star, truth map, and what both engines are told."""
-
-    name: str
-    star: Path
-    truth: Tensor
-    pixel_size_angstrom: float
-    symmetry: str
-    diameter_angstrom: float
-    n_particles: int
-
-
-@dataclass(frozen=True, slots=True)
-class TimedRun:
-    """Seconds of a program, whether it came to its end, and the iterations it had done."""
-
-    wall_s: float
-    cpu_s: float
-    is_finished: bool
-    n_iterations: int
+COMPUTATION = ("--pool", "3", "--dont_combine_weights_via_disc", "--j", "1")
+"""Of both programs; a continued run has to be told them again."""
 
 
 def run_engine_benchmark(
@@ -87,7 +60,7 @@ def run_engine_benchmark(
 ) -> list[dict[str, Any]]:
     """Run the sets of `part` (names with commas, default `ribozyme`); return two figures per set.
 
-    Sets whose figures `engine.jsonl` has already (same size, box and limit) are not run again.
+    What a set's folder has already is not run again; with a higher limit RELION goes on from where it was stopped.
     """
     names = ["ribozyme"] if part is None else part.split(",")
     for name in names:
@@ -95,98 +68,119 @@ def run_engine_benchmark(
             raise ConfigurationError("--part", f"a set is one of {', '.join(SETS)}", name)
     if shutil.which("relion_refine_mpi") is None or shutil.which("mpirun") is None:
         raise ConfigurationError("bench engine", "RELION 3.1 and mpirun are on PATH", "relion_refine_mpi")
-    done_file = folder / "engine.jsonl"
-    figures = []
-    for name in names:
-        key = {"set": name, "size": n_particles, "box_px": box_px, "limit_s": limit_s}
-        own = [f for f in _read_lines(done_file) if f["key"] == key]
-        if not own:
-            own = [figure | {"key": key} for figure in _run_set(folder, name, n_particles, box_px, limit_s)]
-            with done_file.open("a") as lines:
-                lines.writelines(json.dumps(figure) + "\n" for figure in own)
-        figures += [{k: v for k, v in figure.items() if k != "key"} for figure in own]
-    return figures
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return [figure for name in names for figure in _run_set(folder, name, n_particles, box_px, limit_s)]
 
 
 def _run_set(folder: Path, name: str, n_particles: int, box_px: int, limit_s: float) -> list[dict[str, Any]]:
-    from actors.engines.base import EngineInput, EngineSettings, SeedRefused
+    work = folder / f"{name}-{n_particles}-{box_px}"
+    work.mkdir(parents=True, exist_ok=True)
+    prepared = prepare_set(work, name, n_particles, box_px)
+    own_initial = _once(work / "ours_initial.json", lambda: _own_initial_model(prepared))
+    initial, note = Path(own_initial["map"]), own_initial["note"]
+    own = _once(work / "ours_refined.json", lambda: _own_refinement(prepared, initial))
+    half1, half2 = own["halves"]
+    measured = measure_map(Path(own["map"]), prepared) | measure_halves(Path(half1), Path(half2), prepared)
+    told = [*relion_input(prepared), "--sym", prepared.symmetry]
+    start = ["--ref", str(initial), "--ini_high", f"{START_ANGSTROM:.0f}"]
+    computation = [*COMPUTATION, "--pad", "2"]
+    their_time = run_relion(
+        ["relion_refine_mpi", *told, *AUTO_REFINE.split(), *start, *computation],
+        work / "relion_refine", limit_s, launcher=tuple(MPI_RUN.split()), resume=tuple(computation),
+    )  # fmt: skip
+    theirs = _measure_relion_refinement(work / "relion_refine", prepared)
+    computation = [*COMPUTATION, "--pad", "1", "--skip_gridding"]
+    their_initial_time = run_relion(
+        ["relion_refine", *told, *INITIAL_MODEL.split(), *computation],
+        work / "relion_initial", limit_s, resume=tuple(computation),
+    )  # fmt: skip
+    their_initial = _measure_latest(work / "relion_initial", r"run_it(\d+)_class001\.mrc", prepared)
+    done = max(their_initial_time.n_iterations, 1)
+    common = {"n_particles": prepared.n_particles, "box_px": box_px}
+    return [
+        _figure(f"initial model, {name}", own_initial, their_initial_time, "--sgd --denovo_3dref")
+        | {
+            **{f"ours_{k}": v for k, v in ({} if note else measure_map(initial, prepared)).items()},
+            "relion_iterations": f"{their_initial_time.n_iterations} of {N_SGD_ITERATIONS}",
+            "relion_cpu_s_if_all_iterations_cost_the_same": their_initial_time.cpu_s
+            * N_SGD_ITERATIONS
+            / done,
+            "note": note,
+            **{f"relion_{k}": v for k, v in their_initial.items()},
+            **common,
+        },
+        _figure(
+            f"refinement, {name}", own, their_time, "--auto_refine, two MPI followers, from the same start"
+        )
+        | {
+            **{f"ours_{k}": v for k, v in measured.items()},
+            "relion_iterations": their_time.n_iterations,
+            "relion_is_converged": their_time.is_finished,
+            "start": "true map at 30 Å (our initial model was refused)" if note else "our initial model",
+            **{f"relion_{k}": v for k, v in theirs.items()},
+            **common,
+        },
+    ]
+
+
+def _figure(name: str, own: dict[str, Any], theirs: TimedRun, program: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "value": own["cpu_s"],
+        "unit": "CPU s",
+        "baseline": f"RELION 3.1.3 relion_refine {program}, same particles (CPU s)",
+        "baseline_value": theirs.cpu_s,
+        "ratio": own["cpu_s"] / theirs.cpu_s,
+        "wall_s": own["wall_s"],
+        "relion_wall_s": theirs.wall_s,
+    }
+
+
+def _once(path: Path, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return what `run` gave when it last came to its end, or run it and keep that."""
+    if path.is_file():
+        kept: dict[str, Any] = json.loads(path.read_text())
+        return kept
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = run()
+    result |= {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
+    path.write_text(json.dumps(result))
+    return result
+
+
+def _engine_input(prepared: PreparedSet) -> tuple[EmbeddedEngine, EngineInput, EngineSettings]:
+    from actors.engines.base import EngineInput, EngineSettings
     from actors.engines.embedded import EmbeddedEngine
 
-    work = folder / f"{name}-{n_particles}-{box_px}"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    prepared = prepare_set(work, name, n_particles, box_px)
-    engine, source = EmbeddedEngine(), EngineInput(particles_star=prepared.star, root=work)
     settings = EngineSettings(
         symmetry=prepared.symmetry, mask_diameter_angstrom=prepared.diameter_angstrom, n_starts=4
     )
-    note, initial = "", work / "true_start.mrc"
-    clock = _Clock()
+    return (
+        EmbeddedEngine(),
+        EngineInput(particles_star=prepared.star, root=prepared.star.parent),
+        settings,
+    )
+
+
+def _own_initial_model(prepared: PreparedSet) -> dict[str, Any]:
+    from actors.engines.base import SeedRefused
+
+    engine, source, settings = _engine_input(prepared)
+    work = prepared.star.parent
+    shutil.rmtree(
+        work / "ours", ignore_errors=True
+    )  # a run that was cut short would be found, and cost nothing
     try:
-        initial = engine.initial_model(source, settings, work / "ours")
-        own_time = clock.stop(n_iterations=0)
-        own_initial = measure_map(initial, prepared)
+        path, note = engine.initial_model(source, settings, work / "ours"), ""
     except SeedRefused as refusal:
-        own_time, own_initial, note = clock.stop(n_iterations=0), {}, f"refused: {refusal.rule}"
-        _write_start(initial, prepared)
-    their_time = run_relion(
-        ["relion_refine", *relion_input(prepared), *INITIAL_MODEL.split(), "--sym", prepared.symmetry],
-        work / "relion_initial", limit_s,
-    )  # fmt: skip
-    their_initial = _measure_latest(work / "relion_initial", r"run_it(\d+)_class001\.mrc", prepared)
-    done = max(their_time.n_iterations, 1)
-    figures = [{
-        "name": f"initial model, {name}",
-        "value": own_time.cpu_s,
-        "unit": "CPU s",
-        "baseline": "RELION 3.1.3 relion_refine --sgd --denovo_3dref, same particles (CPU s)",
-        "baseline_value": their_time.cpu_s,
-        "ratio": own_time.cpu_s / their_time.cpu_s,
-        "wall_s": own_time.wall_s,
-        "relion_wall_s": their_time.wall_s,
-        "relion_iterations": f"{their_time.n_iterations} of {N_SGD_ITERATIONS}",
-        "relion_cpu_s_if_all_iterations_cost_the_same": their_time.cpu_s * N_SGD_ITERATIONS / done,
-        **{f"ours_{k}": v for k, v in own_initial.items()},
-        **{f"relion_{k}": v for k, v in their_initial.items()},
-        "n_particles": prepared.n_particles,
-        "box_px": box_px,
-        "note": note,
-    }]  # fmt: skip
-    clock = _Clock()
-    output = engine.refine(source, initial, settings, work / "ours")
-    own_time = clock.stop(n_iterations=0)
-    own = measure_map(output.map, prepared) | measure_halves(output.half1, output.half2, prepared)
-    their_time = run_relion(
-        [
-            *MPI_RUN.split(),
-            "relion_refine_mpi", *relion_input(prepared), *AUTO_REFINE.split(), "--sym", prepared.symmetry,
-            "--ref", str(initial), "--ini_high", f"{START_ANGSTROM:.0f}",
-        ],
-        work / "relion_refine", limit_s,
-    )  # fmt: skip
-    theirs = _measure_relion_refinement(work / "relion_refine", prepared)
-    figures.append({
-        "name": f"refinement, {name}",
-        "value": own_time.cpu_s,
-        "unit": "CPU s",
-        "baseline": "RELION 3.1.3 auto-refine (3 MPI ranks) from the same start (CPU s, its idle leader included)",
-        "baseline_value": their_time.cpu_s,
-        "ratio": own_time.cpu_s / their_time.cpu_s,
-        "wall_s": own_time.wall_s,
-        "relion_wall_s": their_time.wall_s,
-        "relion_iterations": their_time.n_iterations,
-        "relion_is_converged": their_time.is_finished,
-        **{f"ours_{k}": v for k, v in own.items()},
-        **{f"relion_{k}": v for k, v in theirs.items()},
-        "start": "true map at 30 Å (our initial model was refused)" if note else "our initial model",
-        "n_particles": prepared.n_particles,
-        "box_px": box_px,
-    })  # fmt: skip
-    return figures
+        path, note = work / "true_start.mrc", f"refused: {refusal.rule}"
+        _write_start(path, prepared)
+    return {"map": str(path.resolve()), "note": note}
+
+
+def _own_refinement(prepared: PreparedSet, initial: Path) -> dict[str, Any]:
+    engine, source, settings = _engine_input(prepared)
+    output = engine.refine(source, initial, settings, prepared.star.parent / "ours")
+    return {"map": str(output.map), "halves": [str(output.half1), str(output.half2)]}
 
 
 def relion_input(prepared: PreparedSet) -> list[str]:
@@ -199,160 +193,6 @@ def relion_input(prepared: PreparedSet) -> list[str]:
         "--random_seed",
         "1",
     ]
-
-
-class _Clock:
-    """Wall and CPU seconds of this process since it was made."""
-
-    def __init__(self) -> None:
-        self._wall, self._cpu = time.perf_counter(), time.process_time()
-
-    def stop(self, *, n_iterations: int) -> TimedRun:
-        return TimedRun(time.perf_counter() - self._wall, time.process_time() - self._cpu, True, n_iterations)
-
-
-def run_relion(command: list[str], out: Path, limit_s: float) -> TimedRun:
-    """Run one of RELION's programs from the set's folder, at most `limit_s` wall seconds; it writes to `out/run`."""
-    if shutil.which(command[0]) is None or shutil.which("relion_refine") is None:
-        raise ConfigurationError(
-            "engine", "RELION and mpirun are installed (relion_refine on PATH)", command[0]
-        )
-    out.mkdir(parents=True, exist_ok=True)
-    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    stopped_cpu_s = 0.0
-    with (out / "log.txt").open("w") as log:
-        child = subprocess.Popen(
-            [*command, "--o", str(out / "run")],
-            cwd=out.parent, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
-        )  # fmt: skip
-        try:
-            code = child.wait(timeout=limit_s)
-        except subprocess.TimeoutExpired:
-            code, stopped_cpu_s = None, _session_cpu_s(child.pid)
-            os.killpg(child.pid, signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(timeout=20.0)
-            if child.poll() is None:
-                os.killpg(child.pid, signal.SIGKILL)
-                child.wait()
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    # A stopped mpirun does not wait for its ranks, so that their time is not among the children's.
-    cpu_s = max(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, stopped_cpu_s)
-    if code not in (None, 0):
-        raise RuntimeError(f"{command[0]}: exit code {code}, see {out / 'log.txt'}")
-    begun = re.findall(r"(?:Gradient Descent|Expectation) iteration (\d+)", (out / "log.txt").read_text())
-    n_begun = max((int(number) for number in begun), default=0)
-    n_done = n_begun if code == 0 else max(n_begun - 1, 0)
-    return TimedRun(time.perf_counter() - started, cpu_s, code == 0, n_done)
-
-
-def _session_cpu_s(session: int) -> float:
-    """Return the CPU seconds that the living processes of a session have used (Linux; 0 elsewhere)."""
-    ticks = 0
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            fields = stat.read_text().rpartition(")")[2].split()
-            if int(fields[3]) == session:
-                ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
-
-
-def prepare_set(folder: Path, name: str, n_particles: int, box_px: int) -> PreparedSet:
-    """Write particles.star and particles.mrcs (white, background of mean 0 and variance 1) with fixed half sets."""
-    if name == "betagal":
-        return _prepare_betagal(folder, n_particles, box_px)
-    simulated = simulate_particles(name, n_particles, BOX_PX, SNR, seed=0)
-    box = 64 * simulated.pixel_size_angstrom
-    images, truth = _to_box(simulated.images, simulated.truth, simulated.pixel_size_angstrom, box_px)
-    pixel = box / box_px
-    star = _write_particles(folder, images, simulated.ctf, pixel)
-    return PreparedSet(name, star, truth, pixel, "C1", round(0.75 * box), n_particles)
-
-
-def _to_box(images: Tensor, truth: Tensor, pixel: float, box_px: int) -> tuple[Tensor, Tensor]:
-    from models.fourier.transforms import fourier_resize
-    from models.fourier.volumes import resample_volume
-
-    old = int(images.shape[-1])
-    return (
-        fourier_resize(images, (box_px, box_px)),
-        resample_volume(truth, pixel, pixel * old / box_px, box_px),
-    )
-
-
-def _prepare_betagal(folder: Path, n_particles: int, box_px: int) -> PreparedSet:
-    import numpy as np
-    import torch
-
-    from models.fourier.volumes import resample_volume
-    from models.reconstruction.particle_data import CtfParameters
-    from models.simulation.structure import density_from_atoms, read_structure
-    from stream.ingest.particle_sets import read_particle_table
-    from stream.ingest.particle_table import iterate_images
-
-    data = Path(os.environ.get("ICESTREAM_TEST_DATA", "../shared/data"))
-    source = data / "particles" / "betagal_empiar10204" / "particles.star"
-    if not source.is_file():
-        raise ConfigurationError(
-            "ICESTREAM_TEST_DATA", "the folder has EMPIAR-10204's particles", str(source)
-        )
-    table = read_particle_table(source, root=source.parent)
-    rows = np.linspace(0, len(table) - 1, min(n_particles, len(table))).round().astype(np.int64)
-    images = torch.from_numpy(np.stack([i.astype(np.float32) for i in iterate_images(table, rows)]))
-    old_pixel, old_box = 3.54, int(images.shape[-1])
-    structure = read_structure(data / "models" / "8bk7_betagal.cif.gz")
-    density = density_from_atoms(
-        structure, 2 * old_box, old_pixel / 2, resolution_angstrom=5.0, solvent_potential_v=4.5
-    )
-    density = resample_volume(density, old_pixel / 2, old_pixel, old_box)
-    images, truth = _to_box(images, density, old_pixel, box_px)
-    ctf = CtfParameters(
-        defocus_u_angstrom=torch.from_numpy(np.asarray(table.defocus_u_angstrom)[rows]).float(),
-        defocus_v_angstrom=torch.from_numpy(np.asarray(table.defocus_v_angstrom)[rows]).float(),
-        astigmatism_angle_deg=torch.from_numpy(np.asarray(table.astigmatism_angle_deg)[rows]).float(),
-        phase_shift_deg=torch.zeros(len(rows)),
-        voltage_kv=200.0,
-        cs_mm=1.4,
-        amplitude_contrast=0.1,
-    )
-    pixel = old_pixel * old_box / box_px
-    star = _write_particles(folder, images, ctf, pixel)
-    return PreparedSet("betagal", star, truth, pixel, "D2", 200.0, len(rows))
-
-
-def _write_particles(folder: Path, images: Tensor, ctf: CtfParameters, pixel: float) -> Path:
-    import mrcfile
-    import pandas as pd
-    import starfile
-    import torch
-
-    n, box = len(images), int(images.shape[-1])
-    axis = torch.arange(box).float() - box // 2
-    outside = (axis[:, None].square() + axis.square()).sqrt() > 0.47 * box
-    background = images[:, outside]
-    normal = (images - background.mean(1)[:, None, None]) / background.std(1)[:, None, None]
-    with mrcfile.new(folder / "particles.mrcs", normal.numpy()) as stack:
-        stack.set_image_stack()
-        stack.voxel_size = pixel
-    optics = pd.DataFrame([{
-        "rlnOpticsGroupName": "opticsGroup1", "rlnOpticsGroup": 1, "rlnMicrographOriginalPixelSize": pixel,
-        "rlnVoltage": ctf.voltage_kv, "rlnSphericalAberration": ctf.cs_mm,
-        "rlnAmplitudeContrast": ctf.amplitude_contrast, "rlnImagePixelSize": pixel, "rlnImageSize": box,
-        "rlnImageDimensionality": 2,
-    }])  # fmt: skip
-    particles = pd.DataFrame({
-        "rlnImageName": [f"{i + 1:06d}@particles.mrcs" for i in range(n)],
-        "rlnMicrographName": [f"mic{i // 50:04d}.mrc" for i in range(n)],
-        "rlnOpticsGroup": 1,
-        "rlnDefocusU": ctf.defocus_u_angstrom.numpy(),
-        "rlnDefocusV": ctf.defocus_v_angstrom.numpy(),
-        "rlnDefocusAngle": ctf.astigmatism_angle_deg.numpy(),
-        "rlnRandomSubset": [i % 2 + 1 for i in range(n)],
-    })  # fmt: skip
-    star = folder / "particles.star"
-    starfile.write({"optics": optics, "particles": particles}, star)
-    return star
 
 
 def _write_start(path: Path, prepared: PreparedSet) -> None:

@@ -21,7 +21,9 @@ from stream.commands.bench_convergence import (
     simulate_particles,
     summarise,
 )
-from stream.commands.bench_engine import PreparedSet, measure_map, prepare_set, run_relion
+from stream.commands.bench_engine import measure_map
+from stream.commands.engine_sets import PreparedSet, prepare_set
+from stream.commands.relion_runs import read_progress, run_relion
 from stream.ingest.particle_sets import read_particle_table
 from stream.records.errors import ConfigurationError
 
@@ -136,13 +138,25 @@ def test_a_map_is_measured_whatever_its_frame(rod_set: PreparedSet, tmp_path: Pa
 
 
 @pytest.mark.skipif(shutil.which("relion_refine") is None, reason="RELION is not installed")
-def test_relion_is_stopped_at_its_limit_and_its_time_is_counted(rod_set: PreparedSet, tmp_path: Path) -> None:
-    command = ["relion_refine", *bench_engine.relion_input(rod_set), *bench_engine.INITIAL_MODEL.split()]
-    run = run_relion(command, tmp_path / "out", 3.0)
-    assert not run.is_finished
-    assert 3.0 <= run.wall_s < 25.0
-    assert run.cpu_s > 0.1
-    assert run.n_iterations < bench_engine.N_SGD_ITERATIONS
+def test_relion_is_stopped_at_its_limit_and_goes_on_with_a_higher_one(
+    rod_set: PreparedSet, tmp_path: Path
+) -> None:
+    few = (
+        "--sgd --denovo_3dref --ctf --K 1 --zero_mask --pad 1 --sgd_ini_iter 2 --sgd_inbetween_iter 2 --sgd_fin_iter 2 "
+        "--sgd_ini_subset 10 --sgd_fin_subset 10 --sgd_write_iter 1 --oversampling 0 --healpix_order 1 --offset_range 0"
+    )
+    command = ["relion_refine", *bench_engine.relion_input(rod_set), *few.split()]
+    out = tmp_path / "out"
+    stopped = run_relion(command, out, 0.1, resume=("--pad", "1"))
+    assert not stopped.is_finished
+    assert stopped.n_iterations < 6
+    kept = read_progress(out)
+    finished = run_relion(command, out, 300.0, resume=("--pad", "1"))
+    assert (finished.is_finished, finished.n_iterations) == (True, 6)
+    assert finished.wall_s > kept.wall_s
+    assert finished.cpu_s > max(kept.cpu_s, 0.1)
+    # What is done is not run again.
+    assert run_relion(command, out, 600.0) == finished == read_progress(out)
 
 
 def test_a_failing_peer_is_an_error_with_its_log(rod_set: PreparedSet, tmp_path: Path) -> None:
