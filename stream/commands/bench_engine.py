@@ -30,6 +30,8 @@ DEFAULT_BOX_PX = 32
 DEFAULT_LIMIT_S = 600.0
 START_ANGSTROM = 30.0
 
+PROGRAMS = ("initial", "refinement")
+
 INITIAL_MODEL = (
     "--sgd --denovo_3dref --ctf --K 1 --flatten_solvent --zero_mask "
     "--sgd_ini_iter 50 --sgd_inbetween_iter 200 --sgd_fin_iter 50 --sgd_ini_resol 35 --sgd_fin_resol 15 "
@@ -58,73 +60,85 @@ def run_engine_benchmark(
     limit_s: float = DEFAULT_LIMIT_S,
     part: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Run the sets of `part` (names with commas, default `ribozyme`); return two figures per set.
+    """Run the sets of `part` (names with commas, default `ribozyme`); return a figure per set and program.
 
-    What a set's folder has already is not run again; with a higher limit RELION goes on from where it was stopped.
+    `ribozyme:initial` and `ribozyme:refinement` have RELION run one of its programs alone. What a set's folder has
+    already is not run again; with a higher limit RELION goes on from where it was stopped.
     """
     names = ["ribozyme"] if part is None else part.split(",")
     for name in names:
-        if name not in SETS:
-            raise ConfigurationError("--part", f"a set is one of {', '.join(SETS)}", name)
+        known, _, program = name.partition(":")
+        if known not in SETS or program not in ("", *PROGRAMS):
+            rule = f"a set is one of {', '.join(SETS)}, alone or with :{' or :'.join(PROGRAMS)}"
+            raise ConfigurationError("--part", rule, name)
     if shutil.which("relion_refine_mpi") is None or shutil.which("mpirun") is None:
         raise ConfigurationError("bench engine", "RELION 3.1 and mpirun are on PATH", "relion_refine_mpi")
     return [figure for name in names for figure in _run_set(folder, name, n_particles, box_px, limit_s)]
 
 
-def _run_set(folder: Path, name: str, n_particles: int, box_px: int, limit_s: float) -> list[dict[str, Any]]:
+def _run_set(folder: Path, part: str, n_particles: int, box_px: int, limit_s: float) -> list[dict[str, Any]]:
+    name, _, program = part.partition(":")
     work = folder / f"{name}-{n_particles}-{box_px}"
     work.mkdir(parents=True, exist_ok=True)
     prepared = prepare_set(work, name, n_particles, box_px)
-    own_initial = _once(work / "ours_initial.json", lambda: _own_initial_model(prepared))
-    initial, note = Path(own_initial["map"]), own_initial["note"]
-    own = _once(work / "ours_refined.json", lambda: _own_refinement(prepared, initial))
+    initial = _once(work / "ours_initial.json", lambda: _own_initial_model(prepared))
+    figures = []
+    if program in ("", "refinement"):
+        figures.append(_compare_refinements(prepared, initial, limit_s))
+    if program in ("", "initial"):
+        figures.append(_compare_initial_models(prepared, initial, limit_s))
+    return figures
+
+
+def _compare_initial_models(prepared: PreparedSet, own: dict[str, Any], limit_s: float) -> dict[str, Any]:
+    out = prepared.star.parent / "relion_initial"
+    computation = [*COMPUTATION, "--pad", "1", "--skip_gridding"]
+    command = ["relion_refine", *relion_input(prepared), *INITIAL_MODEL.split(), *computation]
+    time_of = run_relion(command, out, limit_s, resume=tuple(computation))
+    measured = {} if own["note"] else measure_map(Path(own["map"]), prepared)
+    theirs = _measure_latest(out, r"run_it(\d+)_class001\.mrc", prepared)
+    per_iteration = time_of.cpu_s / max(time_of.n_iterations, 1)
+    return _figure("initial model", prepared, own, time_of, "--sgd --denovo_3dref", measured, theirs) | {
+        "relion_iterations": f"{time_of.n_iterations} of {N_SGD_ITERATIONS}",
+        "relion_cpu_s_if_all_iterations_cost_the_same": per_iteration * N_SGD_ITERATIONS,
+        "note": own["note"],
+    }
+
+
+def _compare_refinements(prepared: PreparedSet, initial: dict[str, Any], limit_s: float) -> dict[str, Any]:
+    work, start = prepared.star.parent, Path(initial["map"])
+    own = _once(work / "ours_refined.json", lambda: _own_refinement(prepared, start))
     half1, half2 = own["halves"]
     measured = measure_map(Path(own["map"]), prepared) | measure_halves(Path(half1), Path(half2), prepared)
-    told = [*relion_input(prepared), "--sym", prepared.symmetry]
-    start = ["--ref", str(initial), "--ini_high", f"{START_ANGSTROM:.0f}"]
     computation = [*COMPUTATION, "--pad", "2"]
-    their_time = run_relion(
-        ["relion_refine_mpi", *told, *AUTO_REFINE.split(), *start, *computation],
-        work / "relion_refine", limit_s, launcher=tuple(MPI_RUN.split()), resume=tuple(computation),
-    )  # fmt: skip
-    theirs = _measure_relion_refinement(work / "relion_refine", prepared)
-    computation = [*COMPUTATION, "--pad", "1", "--skip_gridding"]
-    their_initial_time = run_relion(
-        ["relion_refine", *told, *INITIAL_MODEL.split(), *computation],
-        work / "relion_initial", limit_s, resume=tuple(computation),
-    )  # fmt: skip
-    their_initial = _measure_latest(work / "relion_initial", r"run_it(\d+)_class001\.mrc", prepared)
-    done = max(their_initial_time.n_iterations, 1)
-    common = {"n_particles": prepared.n_particles, "box_px": box_px}
-    return [
-        _figure(f"initial model, {name}", own_initial, their_initial_time, "--sgd --denovo_3dref")
-        | {
-            **{f"ours_{k}": v for k, v in ({} if note else measure_map(initial, prepared)).items()},
-            "relion_iterations": f"{their_initial_time.n_iterations} of {N_SGD_ITERATIONS}",
-            "relion_cpu_s_if_all_iterations_cost_the_same": their_initial_time.cpu_s
-            * N_SGD_ITERATIONS
-            / done,
-            "note": note,
-            **{f"relion_{k}": v for k, v in their_initial.items()},
-            **common,
-        },
-        _figure(
-            f"refinement, {name}", own, their_time, "--auto_refine, two MPI followers, from the same start"
-        )
-        | {
-            **{f"ours_{k}": v for k, v in measured.items()},
-            "relion_iterations": their_time.n_iterations,
-            "relion_is_converged": their_time.is_finished,
-            "start": "true map at 30 Å (our initial model was refused)" if note else "our initial model",
-            **{f"relion_{k}": v for k, v in theirs.items()},
-            **common,
-        },
-    ]
+    command = [
+        "relion_refine_mpi", *relion_input(prepared), *AUTO_REFINE.split(), *computation,
+        "--ref", str(start), "--ini_high", f"{START_ANGSTROM:.0f}",
+    ]  # fmt: skip
+    out = work / "relion_refine"
+    time_of = run_relion(command, out, limit_s, launcher=tuple(MPI_RUN.split()), resume=tuple(computation))
+    theirs = _measure_relion_refinement(out, prepared)
+    program = "--auto_refine, two MPI followers, from the same start"
+    return _figure("refinement", prepared, own, time_of, program, measured, theirs) | {
+        "relion_iterations": time_of.n_iterations,
+        "relion_is_converged": time_of.is_finished,
+        "start": "true map at 30 Å (our initial model was refused)"
+        if initial["note"]
+        else "our initial model",
+    }
 
 
-def _figure(name: str, own: dict[str, Any], theirs: TimedRun, program: str) -> dict[str, Any]:
+def _figure(
+    what: str,
+    prepared: PreparedSet,
+    own: dict[str, Any],
+    theirs: TimedRun,
+    program: str,
+    own_measures: dict[str, Any],
+    their_measures: dict[str, Any],
+) -> dict[str, Any]:
     return {
-        "name": name,
+        "name": f"{what}, {prepared.name}",
         "value": own["cpu_s"],
         "unit": "CPU s",
         "baseline": f"RELION 3.1.3 relion_refine {program}, same particles (CPU s)",
@@ -132,6 +146,10 @@ def _figure(name: str, own: dict[str, Any], theirs: TimedRun, program: str) -> d
         "ratio": own["cpu_s"] / theirs.cpu_s,
         "wall_s": own["wall_s"],
         "relion_wall_s": theirs.wall_s,
+        **{f"ours_{k}": v for k, v in own_measures.items()},
+        **{f"relion_{k}": v for k, v in their_measures.items()},
+        "n_particles": prepared.n_particles,
+        "box_px": prepared.truth.shape[-1],
     }
 
 
@@ -186,13 +204,9 @@ def _own_refinement(prepared: PreparedSet, initial: Path) -> dict[str, Any]:
 def relion_input(prepared: PreparedSet) -> list[str]:
     """Return what both of RELION's programs are told of a set."""
     return [
-        "--i",
-        prepared.star.name,
-        "--particle_diameter",
-        f"{prepared.diameter_angstrom:.0f}",
-        "--random_seed",
-        "1",
-    ]
+        "--i", prepared.star.name, "--particle_diameter", f"{prepared.diameter_angstrom:.0f}",
+        "--sym", prepared.symmetry, "--random_seed", "1",
+    ]  # fmt: skip
 
 
 def _write_start(path: Path, prepared: PreparedSet) -> None:

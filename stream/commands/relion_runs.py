@@ -77,24 +77,25 @@ def _run(command: list[str], out: Path, begun: TimedRun, limit_s: float) -> Time
             env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
         )  # fmt: skip
         known, leader_s = begun.n_iterations, 0.0
-        while True:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(timeout=POLL_S)
-            wall_s = begun.wall_s + time.perf_counter() - started
-            session = _session_processes(child.pid)
-            leader_s = max([leader_s, *(p.cpu_s for p in session if p.is_leader)])
-            # A finished mpirun has waited for its ranks, a living one has not.
-            all_s = max(_children_cpu_s() - before, sum(p.cpu_s for p in session))
-            cpu_s = begun.cpu_s + all_s - leader_s
-            written = _last_written(out)
-            if written > known:
-                known = written
-                _write_progress(out, TimedRun(wall_s, cpu_s, False, known))
-            if child.poll() is not None:
-                break
-            if wall_s >= limit_s:
+        try:
+            while True:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(timeout=POLL_S)
+                wall_s = begun.wall_s + time.perf_counter() - started
+                session = _session_processes(child.pid)
+                leader_s = max([leader_s, *(p.cpu_s for p in session if p.is_leader)])
+                # A finished mpirun has waited for its ranks, a living one has not.
+                all_s = max(_children_cpu_s() - before, sum(p.cpu_s for p in session))
+                cpu_s = begun.cpu_s + all_s - leader_s
+                written = _last_written(out)
+                if written > known:
+                    known = written
+                    _write_progress(out, TimedRun(wall_s, cpu_s, False, known))
+                if child.poll() is not None or wall_s >= limit_s:
+                    break
+        finally:
+            if child.poll() is None:
                 _stop(child)
-                break
     if child.returncode == 0:
         return TimedRun(wall_s, cpu_s, True, _n_begun(log_path))
     if wall_s < limit_s:

@@ -109,9 +109,10 @@ def test_an_unknown_part_is_named(tmp_path: Path, part: str) -> None:
         run_convergence_benchmark(tmp_path, part=part)
 
 
-def test_an_unknown_set_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", ["ribosome", "rod:final"])
+def test_an_unknown_set_or_program_is_named(tmp_path: Path, part: str) -> None:
     with pytest.raises(ConfigurationError, match="betagal"):
-        bench_engine.run_engine_benchmark(tmp_path, part="ribosome")
+        bench_engine.run_engine_benchmark(tmp_path, part=part)
 
 
 @pytest.fixture
