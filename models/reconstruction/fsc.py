@@ -29,6 +29,11 @@ MINIMUM_Z = 3.0
 """Evidence (in standard deviations) below which shells above the threshold are called chance; safe 2.5-4."""
 
 _RELION_RANDOMISATION_START = 0.8
+RANDOM_SD = 0.02
+"""Standard deviation of the random-phase curve that is aimed at, where it begins; RELION's single draw has no such aim."""
+
+MAX_RANDOM_DRAWS = 16
+
 _CORRECTION_MARGIN_SHELLS = 2
 """Shells next to the randomisation edge still see unrandomised neighbours through the mask (RELION's rule)."""
 
@@ -241,8 +246,9 @@ def masked_fsc(
     """Return the FSC with a mask, corrected for what the mask itself adds.
 
     Rule "relion" randomises phases from the first shell whose unmasked FSC is below 0.8, rule "cryosparc" from
-    where it crosses 0.143; with both, the correction applies two shells further on. Values of the mask lie in
-    [0, 1]. The resolution is the crossing of `corrected` at `threshold`.
+    where it crosses 0.143; with both, the correction applies two shells further on. In a small mask a single draw of phases
+    correlates by 0.1 either way, which goes into the corrected curve: as many are averaged as bring that to
+    `RANDOM_SD`. Values of the mask lie in [0, 1]. The resolution is the crossing of `corrected` at `threshold`.
     """
     _require_cubes(half1, half2)
     if mask.shape != half1.shape:
@@ -252,6 +258,7 @@ def masked_fsc(
     if not float(mask.abs().sum()) > 0:
         raise ValueError("mask: is zero everywhere, must leave some voxels")
     size = int(half1.shape[0])
+    fraction = independent_fraction_of_mask(mask)
     unmasked = fourier_shell_correlation(half1, half2)
     masked = fourier_shell_correlation(half1 * mask, half2 * mask)
     start_value = _RELION_RANDOMISATION_START if rule == "relion" else GOLD_STANDARD_THRESHOLD
@@ -259,11 +266,8 @@ def masked_fsc(
     if start is None:
         random, corrected = torch.zeros_like(masked), masked.clone()
     else:
-        random = fourier_shell_correlation(
-            randomise_phases(half1, start, generator) * mask, randomise_phases(half2, start, generator) * mask
-        )
+        random = _random_curve(half1, half2, mask, start, fraction, generator)
         corrected = correct_by_random(masked, random, start)
-    fraction = independent_fraction_of_mask(mask)
     crossing = find_crossing(corrected, threshold, pixel_size_angstrom, size, independent_fraction=fraction)
     crossing = _require_unmasked_evidence(crossing, unmasked, (half1, half2), pixel_size_angstrom)
     return FscCurves(
@@ -280,6 +284,24 @@ def masked_fsc(
         box_px=size,
         pixel_size_angstrom=pixel_size_angstrom,
     )
+
+
+def _random_curve(
+    half1: Float[Tensor, "n n n"],
+    half2: Float[Tensor, "n n n"],
+    mask: Float[Tensor, "n n n"],
+    from_shell: int,
+    independent_fraction: float,
+    generator: torch.Generator,
+) -> Float[Tensor, " shells"]:
+    """Return the mean masked FSC of half-maps with random phases beyond a shell."""
+    variance = 1.0 / (2.0 * math.pi * from_shell**2 * independent_fraction)
+    n_draws = min(MAX_RANDOM_DRAWS, max(1, math.ceil(variance / RANDOM_SD**2)))
+    draws = [
+        fourier_shell_correlation(*(randomise_phases(half, from_shell, generator) * mask for half in (half1, half2)))
+        for _ in range(n_draws)
+    ]  # fmt: skip
+    return torch.stack(draws).mean(0)
 
 
 def correct_by_random(
