@@ -106,7 +106,7 @@ def _write_particles(folder: Path, images: Tensor, ctf: CtfParameters, pixel: fl
     outside = (axis[:, None].square() + axis.square()).sqrt() > 0.47 * box
     background = images[:, outside]
     normal = (images - background.mean(1)[:, None, None]) / background.std(1)[:, None, None]
-    with mrcfile.new(folder / "particles.mrcs", normal.numpy()) as stack:
+    with mrcfile.new(folder / "particles.mrcs", normal.numpy(), overwrite=True) as stack:
         stack.set_image_stack()
         stack.voxel_size = pixel
     optics = pd.DataFrame([{
