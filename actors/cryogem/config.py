@@ -62,17 +62,22 @@ class SourceConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """A training's YAML file; `cpus` are the threads of its one worker."""
+    """A training's YAML file; `cpus` are the threads of each of its `workers`, which have a GPU each with `device: cuda`."""
 
     source: SourceConfig
+    workers: int = 1
     cpus: int = 1
     physics: PhysicsSettings = field(default_factory=PhysicsSettings)
     networks: NetworkSettings = field(default_factory=NetworkSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
 
     def __post_init__(self) -> None:
-        if self.cpus < 1:
-            raise ValueError(f"cpus: {self.cpus}, must be 1 or more")
+        for name in ("workers", "cpus"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: {getattr(self, name)}, must be 1 or more")
+        if self.training.n_simulated % self.workers:
+            given = f"{self.training.n_simulated}, {self.workers}"
+            raise ValueError(f"training.n_simulated, workers: {given}, the first is a multiple of the second")
 
     @property
     def settings(self) -> CryogemSettings:

@@ -15,7 +15,7 @@ from actors.jobs.particle_data import DataSettings, build_image_sets
 from models.cryo_ief.image_sets import ImageCollection
 from models.cryo_ief.pretrain import PretrainConfig, pretrain
 from models.cryo_ief.settings import parse_settings, read_document, split_document
-from models.cryo_ief.workers import Workers
+from models.workers import Workers
 from stream.records.errors import ConfigurationError
 
 

@@ -1,7 +1,8 @@
 """Training CryoGEM as a job: `ray job submit --working-dir . -- python -m actors.jobs.cryogem CONFIG.yaml`.
 
 The session is read once, into bank.safetensors in the training's folder; a training that is started again goes on from
-its checkpoint and from that bank, whatever the session has become. One worker trains (batch 1, as the paper does).
+its checkpoint and from that bank, whatever the session has become. One worker trains with batch 1, as the paper does;
+several, on Ray Train, bring a pair of images each to every update.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from typing import Any
 from actors.cryogem.config import TrainConfig, read_train_config
 from actors.cryogem.session_bank import read_session_bank
 from actors.jobs.launch import Progress, Resources, job_main
-from models.cryo_ief.workers import Workers
 from models.cryogem.bank import SessionBank, load_bank, save_bank
 from models.cryogem.training import train_cryogem
+from models.workers import Workers
 from stream.records.errors import ConfigurationError
 
 log = logging.getLogger(__name__)
@@ -38,22 +39,24 @@ class CryogemJob:
 
     @property
     def resources(self) -> Resources:
-        """One worker; on a cluster's GPU where the configuration says `training.device: cuda`."""
+        """The workers asked for; each on a GPU of its own where the configuration says `training.device: cuda`."""
         is_gpu = self.config.training.device.startswith("cuda")
-        return Resources(use_gpu=is_gpu, cpus_per_worker=self.config.cpus)
+        return Resources(workers=self.config.workers, use_gpu=is_gpu, cpus_per_worker=self.config.cpus)
 
     def train(self, folder: Path, workers: Workers, on_progress: Progress) -> dict[str, Any]:
         """Train, or go on, in `folder` and return the JSON document of `icestream train cryogem`."""
-        if workers.size != 1:
-            raise ConfigurationError("workers", "CryoGEM trains with one worker", workers.size)
+        if not workers.is_first:
+            workers.barrier()
         bank = prepare_bank(self.config, folder)
+        if workers.is_first:
+            workers.barrier()
 
         def report(row: dict[str, float]) -> None:
             if int(row["step"] + 1) % _REPORT_EVERY == 0 or "spectrum_distance" in row:
                 on_progress(row)
 
         try:
-            result = train_cryogem(bank, self.config.settings, folder, on_progress=report)
+            result = train_cryogem(bank, self.config.settings, folder, workers=workers, on_progress=report)
         except ValueError as error:
             raise ConfigurationError(folder, str(error)) from error
         return {

@@ -14,10 +14,10 @@ from typing import Any
 from actors.jobs.launch import Progress, Resources, job_main
 from actors.jobs.synthetic_effect import measure_effect
 from models.cryo_ief.settings import parse_settings, read_document, split_document
-from models.cryo_ief.workers import Workers
 from models.cryoranker.starting import DEFAULT
 from models.cryoranker.synthetic import SyntheticParticles
 from models.cryoranker.train import TrainConfig, train_ranker
+from models.workers import Workers
 from stream.records.errors import ConfigurationError
 
 

@@ -21,7 +21,7 @@ from typing import Any, Protocol, cast
 import torch
 
 from actors.jobs.curves import TrainingCurves
-from models.cryo_ief.workers import Workers
+from models.workers import Workers
 from stream.records.errors import ConfigurationError, IcestreamError, ResourceError
 
 log = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from models.cryo_ief.config import Head, VitConfig
 from models.cryo_ief.vit import CryoVit
-from models.cryo_ief.workers import SharedBatchNorm, gather_rows, n_workers
+from models.workers import SharedBatchNorm, gather_rows, n_workers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,8 +28,8 @@ from models.cryo_ief.moco import Moco, MocoConfig, momentum_at
 from models.cryo_ief.optimisation import build_optimiser, prepare_start, set_learning_rate
 from models.cryo_ief.training_state import TrainingState, restore_state, save_state
 from models.cryo_ief.vit import CryoVit
-from models.cryo_ief.workers import Workers, sum_over_workers
 from models.weights import save_checkpoint
+from models.workers import Workers, sum_over_workers
 
 CHECKPOINT_FILE = "cryo_ief.safetensors"
 Progress = Callable[[dict[str, float]], None]

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from models.cryo_ief.workers import SharedBatchNorm, n_workers
+from models.workers import SharedBatchNorm, n_workers
 
 
 class ImageBatchNorm(SharedBatchNorm):

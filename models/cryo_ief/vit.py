@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from models.cryo_ief.config import Head, VitConfig
 from models.cryo_ief.stem import ConvolutionalStem
 from models.cryo_ief.timm_door import load_timm
-from models.cryo_ief.workers import SharedBatchNorm
+from models.workers import SharedBatchNorm
 
 _LAYER_NORM_EPS = 1e-6
 _BATCH_NORM_EPS = 1e-5

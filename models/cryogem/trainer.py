@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -20,16 +21,21 @@ from models.cryogem.losses import (
 from models.cryogem.networks import FeatureHeads, PatchDiscriminator, UnetGenerator, initialise
 from models.cryogem.pairs import Purpose, TrainingPair, random_stream, torch_stream
 from models.cryogem.settings import CryogemSettings
+from models.workers import Workers
 
 _NETWORKS = ("generator", "discriminator", "heads")
 
 
 class CryogemTrainer:
-    """Networks, optimisers and one step; `state` and `restore` carry everything that a later step depends on."""
+    """Networks, optimisers and one step; `state` and `restore` carry everything that a later step depends on.
 
-    def __init__(self, settings: CryogemSettings) -> None:
+    Several workers each bring a pair to a step, whose gradients are averaged: a batch of as many pairs.
+    """
+
+    def __init__(self, settings: CryogemSettings, workers: Workers | None = None) -> None:
         self.settings = settings
-        self.device = _device(settings.training.device)
+        self.workers = Workers() if workers is None else workers
+        self.device = self.workers.device if self.workers.size > 1 else _device(settings.training.device)
         networks = settings.networks
         self.generator = UnetGenerator(networks)
         self.discriminator = PatchDiscriminator(networks)
@@ -51,8 +57,9 @@ class CryogemTrainer:
         }
 
     def step(self, pair: TrainingPair, places: QueryPlaces | None) -> dict[str, float]:
-        """Take one step and return its losses; without places the contrastive term is left out (nan)."""
-        training = self.settings.training
+        """Take one step and return its losses, means over workers; without places the contrastive term is left out (nan)."""
+        training, workers = self.settings.training, self.workers
+        n_with_places = round(workers.sum([float(places is not None)])[0])
         source, real = pair.source.to(self.device), pair.real.to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=training.precision == "bf16"):
             features = self.generator.encode(source, self.settings.networks.depth - 1)
@@ -81,12 +88,17 @@ class CryogemTrainer:
                 form=training.nce_form,
             )
             total = g_loss + training.nce_weight * nce
-        self._update(total, ("generator", "heads") if vectors is not None else ("generator",))
+        self._update(total, ("generator", "heads") if n_with_places else ("generator",))
         self.discriminator.requires_grad_(requires_grad=True)
+        own_nce = float(nce.detach())
+        sums = workers.sum(
+            [float(d_loss.detach()), float(g_loss.detach()), 0.0 if places is None else own_nce]
+        )
         return {
-            "discriminator": float(d_loss.detach()),
-            "generator": float(g_loss.detach()),
-            "nce": float(nce.detach()),
+            "discriminator": sums[0] / workers.size,
+            "generator": sums[1] / workers.size,
+            "nce": sums[2] / n_with_places if n_with_places else math.nan,
+            "n_without_labels": float(workers.size - n_with_places),
         }
 
     def draw_places(self, mask: Bool[Tensor, "c c"], step: int) -> QueryPlaces | None:
@@ -138,6 +150,8 @@ class CryogemTrainer:
         for name in names:
             self.optimisers[name].zero_grad(set_to_none=True)
         loss.backward()
+        networks = self._networks()
+        self.workers.average_gradients(p for name in names for p in networks[name].parameters())
         for name in names:
             self.optimisers[name].step()
 

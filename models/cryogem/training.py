@@ -28,6 +28,7 @@ from models.cryogem.settings import CryogemSettings, describe_changes, plain_set
 from models.cryogem.trainer import CryogemTrainer
 from models.cryogem.translation import add_input_noise, save_generator, translate
 from models.weights import load_checkpoint, save_checkpoint
+from models.workers import Workers
 
 log = logging.getLogger(__name__)
 
@@ -58,11 +59,13 @@ def train_cryogem(
     settings: CryogemSettings,
     folder: Path,
     *,
+    workers: Workers | None = None,
     on_progress: Callable[[dict[str, float]], None] | None = None,
 ) -> TrainingResult:
     """Train, or go on where a killed training left off; write checkpoint, losses, samples and generator to `folder`.
 
-    `losses.csv` has a row per step, `validation.csv` one per validation, `samples/` a strip per validation: physics, input,
+    A step is a pair of images. Several `workers` take as many steps at once, as one update of the mean of their gradients; the
+    first one writes. `losses.csv` has a row per step, `validation.csv` one per validation, `samples/` a strip per validation: physics, input,
     output, real. A folder that holds another configuration's training is refused.
     """
     if len(bank.training_micrographs) < 1 or len(bank.held_out_micrographs) < 1:
@@ -71,8 +74,13 @@ def train_cryogem(
     multiple = settings.networks.multiple_px
     if settings.training.crop_px % multiple:
         raise ValueError(f"crop_px: {settings.training.crop_px}, must be a multiple of 2**depth = {multiple}")
+    workers = Workers() if workers is None else workers
+    if settings.training.n_simulated % workers.size:
+        raise ValueError(
+            f"n_simulated: {settings.training.n_simulated}, must be a multiple of the {workers.size} workers"
+        )
     folder.mkdir(parents=True, exist_ok=True)
-    run = _Run(bank, settings, folder)
+    run = _Run(bank, settings, folder, workers)
     started, first = time.monotonic(), run.next_step
     while run.next_step < settings.training.n_steps:
         losses = run.advance()
@@ -88,11 +96,12 @@ def train_cryogem(
 class _Run:
     """One training in its folder: the files, and where it stands."""
 
-    def __init__(self, bank: SessionBank, settings: CryogemSettings, folder: Path) -> None:
+    def __init__(self, bank: SessionBank, settings: CryogemSettings, folder: Path, workers: Workers) -> None:
         self.settings = settings
         self.folder = folder
+        self.workers = workers
         self.source = PairSource(build_physics(bank, settings.physics), settings.training)
-        self.trainer = CryogemTrainer(settings)
+        self.trainer = CryogemTrainer(settings, workers)
         self.next_step = 0
         self.best: dict[str, float] = {}
         self.n_without_labels = 0
@@ -101,33 +110,41 @@ class _Run:
         self._checkpoint = folder / "checkpoint.safetensors"
         if self._checkpoint.is_file():
             self._resume()
-        self._losses = _Table(folder / "losses.csv", self.next_step)
-        self._validation = _Table(folder / "validation.csv", self.next_step)
+        workers.barrier()  # all have read the files before the first one writes them
+        if workers.is_first:
+            self._losses = _Table(folder / "losses.csv", self.next_step)
+            self._validation = _Table(folder / "validation.csv", self.next_step)
 
     def advance(self) -> dict[str, float]:
-        """Take one step; keep what there is to keep."""
-        training, step = self.settings.training, self.next_step
+        """Take one step per worker, in one update; keep what there is to keep."""
+        training, workers, step = self.settings.training, self.workers, self.next_step
         epoch = step // training.n_simulated
         rate = training.learning_rate_at(epoch)
         self.trainer.set_learning_rate(rate)
-        pair = self.source.pair(step)
-        places = self.trainer.draw_places(pair.mask, step)
-        self.n_without_labels += places is None
-        losses = self.trainer.step(pair, places)
+        own = step + workers.rank
+        pair = self.source.pair(own)
+        losses = self.trainer.step(pair, self.trainer.draw_places(pair.mask, own))
+        self.n_without_labels += int(losses.pop("n_without_labels"))
         if not all(np.isfinite(losses[name]) for name in ("discriminator", "generator")):
             raise ValueError(f"step {step}: losses {losses}, must be finite; lower the learning rate")
         row = {"step": float(step), "epoch": float(epoch), "learning_rate": rate, **losses}
-        self._losses.append(row)
-        self.next_step = step + 1
-        is_last = self.next_step == training.n_steps
-        if self.next_step % training.validate_every == 0 or is_last:
-            row |= self._validate(pair)
-        if self.next_step % training.checkpoint_every == 0 or is_last:
-            self._save()
+        self.next_step = step + workers.size
+        if workers.is_first:
+            self._losses.append(row)
+            if self._is_due(training.validate_every):
+                row |= self._validate(pair)
+            if self._is_due(training.checkpoint_every):
+                self._save()
         return row
+
+    def _is_due(self, every: int) -> bool:
+        """Say whether this update passed a multiple of `every` steps, or was the last one."""
+        is_last = self.next_step >= self.settings.training.n_steps
+        return is_last or self.next_step % every < self.workers.size
 
     def finish(self, seconds: float) -> TrainingResult:
         """Return what was kept."""
+        self.workers.barrier()
         kept = load_checkpoint(self.folder / "generator.safetensors")
         return TrainingResult(
             generator=kept.path,

@@ -22,9 +22,9 @@ from models.cryo_ief.encode import encode_grey
 from models.cryo_ief.layouts import Layout, config_from_tensors, load_model
 from models.cryo_ief.stem import ImageBatchNorm
 from models.cryo_ief.vit import CryoVit
-from models.cryo_ief.workers import SharedBatchNorm
 from models.cryoranker.serve import DEFAULT_MODEL
 from models.weights import load_checkpoint
+from models.workers import SharedBatchNorm
 
 DEFAULT = "default"
 """Names the ranker that ships with icestream where a checkpoint is asked for."""

@@ -27,7 +27,6 @@ from models.cryo_ief.optimisation import build_optimiser, prepare_start, set_lea
 from models.cryo_ief.settings import unknown_key
 from models.cryo_ief.training_state import TrainingState, restore_state, save_state
 from models.cryo_ief.vit import CryoVit
-from models.cryo_ief.workers import Workers, gather_rows, sum_over_workers
 from models.cryoranker.dataset import (
     LabelledParticles,
     SimulatedSet,
@@ -41,6 +40,7 @@ from models.cryoranker.simulate import MOST_JUNK
 from models.cryoranker.starting import is_exported, settle_norms, starting_network
 from models.cryoranker.synthetic import SyntheticParticles, mix_sets, read_synthetic
 from models.weights import save_checkpoint
+from models.workers import Workers, gather_rows, sum_over_workers
 
 CHECKPOINT_FILE = "ranker.safetensors"
 _LEAST_CALIBRATION = 30

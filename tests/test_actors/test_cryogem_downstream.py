@@ -19,12 +19,12 @@ from actors.cryogem.topaz_training import TopazTraining, train_topaz
 from actors.cryogem.truth import read_truth
 from actors.cryogem.virtual_session import TRUTH_STAR
 from actors.jobs.cryogem import read_job
-from models.cryo_ief.workers import Workers
 from models.cryogem.bank import load_bank
 from models.cryogem.networks import NetworkSettings
 from models.cryogem.picker import LabelledMicrograph
 from models.cryogem.settings import TrainingSettings
 from models.weights import sha256_of_file
+from models.workers import Workers
 from stream.records.errors import ConfigurationError, InputError, ResourceError
 from stream.sinks.relion_star import read_particles_star, write_particles_star
 

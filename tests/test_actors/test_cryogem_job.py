@@ -21,12 +21,13 @@ from actors.cryogem.config import GenerateConfig, SourceConfig, read_generate_co
 from actors.cryogem.generation import generate_micrographs
 from actors.cryogem.session_bank import read_session_bank
 from actors.jobs.cryogem import prepare_bank, read_job
-from models.cryo_ief.workers import Workers
 from models.cryogem.bank import load_bank
 from models.cryogem.physics import image_specimen
+from models.cryogem.translation import load_generator
 from models.fourier.rotations import euler_to_matrix
 from models.simulation.imaging import CtfTruth
 from models.simulation.projection import Projector
+from models.workers import Workers
 from stream.records.errors import ConfigurationError, InputError
 from stream.sinks.mrc_images import write_micrograph
 from stream.sinks.relion_star import read_micrographs_star, read_particles_star, write_picks_star
@@ -486,3 +487,32 @@ def test_train_prints_its_contract_and_goes_on_in_its_folder(session, tmp_path):
     assert (tmp_path / "out" / "metrics.prom").is_file()
     again = run_command("train", "cryogem", config, "--out", tmp_path / "out", "--seed", 4, "--json")
     assert again["sha256"] == first["sha256"]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_ray_workers_train_together(session, tmp_path):
+    path = write_config(tmp_path, session, workers=2)
+    finished = subprocess.run(
+        [sys.executable, "-m", "actors.jobs.cryogem", str(path), "--out", str(tmp_path / "shared")],
+        cwd=_ROOT,
+        env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    document = json.loads(finished.stdout)
+    assert document["metrics"]["n_steps"] == 4
+    losses = (tmp_path / "shared" / "losses.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in losses] == ["step", "0", "2"]
+    assert (tmp_path / "shared" / "metrics.prom").is_file()
+    assert load_generator(Path(document["checkpoint"]))[1] == read_job(path, None).config.physics
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_workers_that_cannot_share_the_frames_are_refused(session, tmp_path, workers):
+    with pytest.raises(ConfigurationError, match="workers"):
+        read_job(write_config(tmp_path, session, workers=workers), None)

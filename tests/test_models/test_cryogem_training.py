@@ -27,6 +27,7 @@ from models.cryogem.training import train_cryogem
 from models.cryogem.translation import load_generator, translate
 from models.optics.ctf_fit import Microscope
 from models.weights import load_checkpoint, save_checkpoint
+from models.workers import Workers
 
 _ROOT = Path(__file__).parents[2]
 SETTINGS = CryogemSettings(
@@ -167,6 +168,60 @@ def test_bf16_and_channels_last_agree_with_fp32():
         found.append(trainer.step(pair, trainer.draw_places(pair.mask, 0)))
     assert found[1]["nce"] == pytest.approx(found[0]["nce"], rel=0.05)
     assert found[1]["discriminator"] == pytest.approx(found[0]["discriminator"], rel=0.05)
+
+
+_WORKER = """
+import sys, torch
+import torch.distributed as dist
+from pathlib import Path
+from models.cryogem.bank import load_bank
+from models.cryogem.training import train_cryogem
+from models.workers import Workers
+sys.path.insert(0, {tests!r})
+import test_cryogem_training as t
+torch.set_num_threads(1)
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method="file://" + {store!r}, rank=rank, world_size=2)
+bank = load_bank(Path({bank!r}))
+train_cryogem(bank, t.SETTINGS, Path({out!r}), workers=Workers.of_process_group(torch.device("cpu")))
+"""
+
+
+def test_two_workers_bring_a_pair_each_to_every_update(tmp_path):
+    bank, out = make_bank(), tmp_path / "out"
+    save_bank(tmp_path / "bank.safetensors", bank)
+    script = _WORKER.format(
+        tests=str(Path(__file__).parent),
+        store=str(tmp_path / "store"),
+        bank=str(tmp_path / "bank.safetensors"),
+        out=str(out),
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    both = [
+        subprocess.Popen([sys.executable, "-c", script, str(rank)], cwd=_ROOT, env=environment)
+        for rank in (0, 1)
+    ]
+    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    rows = read_rows(out / "losses.csv")
+    assert [int(r["step"]) for r in rows] == [0, 2, 4, 6]
+    assert len(read_rows(out / "validation.csv")) == 2
+    assert load_checkpoint(out / "checkpoint.safetensors").metadata["next_step"] == 8
+    # Before anything is learned, the losses are means of those that each pair has alone.
+    source = PairSource(build_physics(bank, SETTINGS.physics), SETTINGS.training)
+    alone = []
+    for step in (0, 1):
+        trainer = CryogemTrainer(SETTINGS)
+        pair = source.pair(step)
+        alone.append(trainer.step(pair, trainer.draw_places(pair.mask, step)))
+    for name in ("discriminator", "nce"):
+        mean = (alone[0][name] + alone[1][name]) / 2
+        assert float(rows[0][name]) == pytest.approx(mean, rel=1e-5)
+        assert alone[0][name] != pytest.approx(alone[1][name], rel=1e-3)
+
+
+def test_workers_share_the_frames_evenly(tmp_path):
+    with pytest.raises(ValueError, match="n_simulated: 2, must be a multiple of the 3 workers"):
+        train_cryogem(make_bank(), SETTINGS, tmp_path, workers=Workers(size=3))
 
 
 _KILLED = """

@@ -7,6 +7,7 @@ same losses and the same batch statistics as one, up to the order of floating-po
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -51,6 +52,28 @@ class Workers:
 
         devices = [self.device] if self.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=devices)
+
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Give every parameter the mean of the workers' gradients; one that a worker has none of counts as 0 there.
+
+        For steps that `wrap` cannot follow, such as two networks that take turns in one loss.
+        """
+        if self.size == 1:
+            return
+        own = list(parameters)
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in own])
+        dist.all_reduce(flat)
+        flat /= self.size
+        for parameter, part in zip(own, flat.split([p.numel() for p in own]), strict=True):
+            parameter.grad = part.view_as(parameter).clone(memory_format=torch.preserve_format)
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Return the sums over workers, on every worker."""
+        if self.size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return [float(v) for v in total]
 
     def barrier(self) -> None:
         """Wait for the others."""
