@@ -246,9 +246,10 @@ def masked_fsc(
     """Return the FSC with a mask, corrected for what the mask itself adds.
 
     Rule "relion" randomises phases from the first shell whose unmasked FSC is below 0.8, rule "cryosparc" from
-    where it crosses 0.143; with both, the correction applies two shells further on. In a small mask a single draw of phases
-    correlates by 0.1 either way, which goes into the corrected curve: as many are averaged as bring that to
-    `RANDOM_SD`. Values of the mask lie in [0, 1]. The resolution is the crossing of `corrected` at `threshold`.
+    where it crosses 0.143; with both, the correction applies two shells further on. In a small mask a single draw
+    of phases correlates by 0.1 either way, which goes into the corrected curve: as many are averaged as bring that
+    to `RANDOM_SD`, and what is below 0 counts as 0. Values of the mask lie in [0, 1]. The resolution is the crossing
+    of `corrected` at `threshold`.
     """
     _require_cubes(half1, half2)
     if mask.shape != half1.shape:
@@ -294,14 +295,18 @@ def _random_curve(
     independent_fraction: float,
     generator: torch.Generator,
 ) -> Float[Tensor, " shells"]:
-    """Return the mean masked FSC of half-maps with random phases beyond a shell."""
+    """Return the mean masked FSC of half-maps with random phases beyond a shell, at least 0.
+
+    A mask correlates what it cuts and does not anti-correlate it: a mean below 0 is chance, and would raise the
+    corrected curve above the masked one.
+    """
     variance = 1.0 / (2.0 * math.pi * from_shell**2 * independent_fraction)
     n_draws = min(MAX_RANDOM_DRAWS, max(1, math.ceil(variance / RANDOM_SD**2)))
     draws = [
         fourier_shell_correlation(*(randomise_phases(half, from_shell, generator) * mask for half in (half1, half2)))
         for _ in range(n_draws)
     ]  # fmt: skip
-    return torch.stack(draws).mean(0)
+    return torch.stack(draws).mean(0).clamp_min(0.0)
 
 
 def correct_by_random(
