@@ -226,11 +226,24 @@ def _cryogem(
     return run_cryogem_benchmark(folder, n_seeds=size or 3, part=part, limit_s=limit_s)
 
 
+def _incremental(
+    folder: Path, size: int | None, part: str | None, box_px: int | None, limit_s: float | None
+) -> Figures:
+    from stream.commands.bench_incremental import DEFAULT_BOX_PX, DEFAULT_SIZE, run_incremental_benchmark
+
+    if limit_s is not None:
+        raise ConfigurationError("--limit-s", "it belongs to `bench engine`", "incremental")
+    return run_incremental_benchmark(
+        folder, n_particles=size or DEFAULT_SIZE, box_px=box_px or DEFAULT_BOX_PX, part=part
+    )
+
+
 LONG_BENCHMARKS: dict[str, Callable[[Path, int | None, str | None, int | None, float | None], Figures]] = {
     "convergence": _convergence,
     "cryogem": _cryogem,
     "engine": _engine,
     "honesty": _honesty,
+    "incremental": _incremental,
     "junk": _junk,
     "views": _views,
 }

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stream.commands.engine_sets import SETS, PreparedSet, prepare_set
+from stream.commands.engine_sets import SETS, PreparedSet, measure_volume, prepare_set
 from stream.commands.relion_runs import TimedRun, run_relion
 from stream.records.errors import ConfigurationError
 
@@ -218,24 +218,10 @@ def _write_start(path: Path, prepared: PreparedSet) -> None:
 
 
 def measure_map(path: Path, prepared: PreparedSet) -> dict[str, Any]:
-    """Align a map with the truth; return the resolution at FSC 0.5 and the mean FSC to Nyquist, in a mask of the truth."""
-    import torch
-
-    from models.reconstruction.alignment import align_volumes, apply_alignment, truth_resolution
-    from models.reconstruction.masks import mask_from_map
+    """Return what `measure_volume` says of a map file."""
     from models.reconstruction.volume_io import read_volume
 
-    volume, _ = read_volume(path)
-    pixel = prepared.pixel_size_angstrom
-    lowpass = max(12.0, 3.0 * pixel)
-    mask = mask_from_map(prepared.truth, pixel, lowpass_angstrom=lowpass)
-    found = align_volumes(
-        volume, prepared.truth, pixel, generator=torch.Generator().manual_seed(0), lowpass_angstrom=lowpass
-    )
-    aligned = apply_alignment(volume, found)
-    resolution, curve = truth_resolution(aligned, prepared.truth, pixel, mask)
-    top = int(volume.shape[0]) // 2
-    return {"truth_resolution_angstrom": resolution, "truth_mean_fsc": float(curve[1:top].mean())}
+    return measure_volume(read_volume(path)[0], prepared)
 
 
 def measure_halves(half1: Path, half2: Path, prepared: PreparedSet) -> dict[str, Any]:

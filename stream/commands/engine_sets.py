@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from stream.commands.bench_convergence import BOX_PX, SNR, simulate_particles
 from stream.records.errors import ConfigurationError
@@ -127,3 +127,22 @@ def _write_particles(folder: Path, images: Tensor, ctf: CtfParameters, pixel: fl
     star = folder / "particles.star"
     starfile.write({"optics": optics, "particles": particles}, star)
     return star
+
+
+def measure_volume(volume: Tensor, prepared: PreparedSet) -> dict[str, Any]:
+    """Align a map with the truth; return the resolution at FSC 0.5 and the mean FSC to Nyquist, in a mask of the truth."""
+    import torch
+
+    from models.reconstruction.alignment import align_volumes, apply_alignment, truth_resolution
+    from models.reconstruction.masks import mask_from_map
+
+    pixel = prepared.pixel_size_angstrom
+    lowpass = max(12.0, 3.0 * pixel)
+    mask = mask_from_map(prepared.truth, pixel, lowpass_angstrom=lowpass)
+    found = align_volumes(
+        volume, prepared.truth, pixel, generator=torch.Generator().manual_seed(0), lowpass_angstrom=lowpass
+    )
+    aligned = apply_alignment(volume, found)
+    resolution, curve = truth_resolution(aligned, prepared.truth, pixel, mask)
+    top = int(volume.shape[0]) // 2
+    return {"truth_resolution_angstrom": resolution, "truth_mean_fsc": float(curve[1:top].mean())}

@@ -22,6 +22,7 @@ from stream.commands.bench_convergence import (
     summarise,
 )
 from stream.commands.bench_engine import measure_map
+from stream.commands.bench_incremental import run_incremental_benchmark
 from stream.commands.engine_sets import PreparedSet, prepare_set
 from stream.commands.relion_runs import read_progress, run_relion
 from stream.ingest.particle_sets import read_particle_table
@@ -165,3 +166,17 @@ def test_a_failing_peer_is_an_error_with_its_log(rod_set: PreparedSet, tmp_path:
         pytest.skip("RELION is not installed")
     with pytest.raises(RuntimeError, match=r"log\.txt"):
         run_relion(["relion_refine", "--i", "absent.star"], tmp_path / "out", 20.0)
+
+
+def test_taking_in_a_tenth_more_is_compared_with_refining_all_again(tmp_path: Path) -> None:
+    (figure,) = run_incremental_benchmark(tmp_path, n_particles=110, box_px=32, part="rod")
+    assert figure["unit"] == "CPU s for 10 more"
+    assert figure["n_revisited"] == 10
+    assert 0.0 < figure["ratio"] < 0.8
+    scratch, increment = figure["scratch_truth_mean_fsc"], figure["increment_truth_mean_fsc"]
+    assert increment == pytest.approx(scratch, abs=0.1)
+    assert increment > 0.4
+    # What is measured is not measured again.
+    assert run_incremental_benchmark(tmp_path, n_particles=110, box_px=32, part="rod") == [figure]
+    with pytest.raises(ConfigurationError, match="--part"):
+        run_incremental_benchmark(tmp_path, part="ribosome")
