@@ -44,9 +44,12 @@ MPI_RUN = "mpirun -n 3 --oversubscribe --allow-run-as-root --bind-to none --mca 
 
 AUTO_REFINE = (
     "--auto_refine --split_random_halves --ctf --firstiter_cc --flatten_solvent --zero_mask "
-    "--oversampling 1 --healpix_order 2 --auto_local_healpix_order 4 --offset_range 5 --offset_step 2 "
+    "--oversampling 1 --healpix_order 2 --offset_range 5 --offset_step 2 "
     "--low_resol_join_halves 40 --norm --scale"
 )
+
+LOCAL_SEARCH = ("--auto_local_healpix_order", "3")
+"""One order earlier than RELION's usual 4: searching everywhere at order 3 takes more than an hour an iteration here."""
 
 COMPUTATION = ("--pool", "3", "--dont_combine_weights_via_disc", "--j", "1")
 """Of both programs; a continued run has to be told them again."""
@@ -112,11 +115,13 @@ def _compare_refinements(prepared: PreparedSet, initial: dict[str, Any], limit_s
     measured = measure_map(Path(own["map"]), prepared) | measure_halves(Path(half1), Path(half2), prepared)
     computation = [*COMPUTATION, "--pad", "2"]
     command = [
-        "relion_refine_mpi", *relion_input(prepared), *AUTO_REFINE.split(), *computation,
+        "relion_refine_mpi", *relion_input(prepared), *AUTO_REFINE.split(), *LOCAL_SEARCH, *computation,
         "--ref", str(start), "--ini_high", f"{START_ANGSTROM:.0f}",
     ]  # fmt: skip
     out = work / "relion_refine"
-    time_of = run_relion(command, out, limit_s, launcher=tuple(MPI_RUN.split()), resume=tuple(computation))
+    time_of = run_relion(
+        command, out, limit_s, launcher=tuple(MPI_RUN.split()), resume=(*computation, *LOCAL_SEARCH)
+    )
     theirs = _measure_relion_refinement(out, prepared)
     program = "--auto_refine, two MPI followers, from the same start"
     return _figure("refinement", prepared, own, time_of, program, measured, theirs) | {
