@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import mrcfile
@@ -420,20 +417,9 @@ def test_a_folder_without_training_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_job_prints_one_document(session, tmp_path):
+def test_the_job_prints_one_document(session, tmp_path, run_job):
     config = write_config(tmp_path, session)
-    command = [sys.executable, "-m", "actors.jobs.cryogem", str(config), "--out", str(tmp_path / "out")]
-    done = subprocess.run(
-        command,
-        cwd=_ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    document = json.loads(done.stdout)
+    document = run_job("cryogem", config, tmp_path / "out")
     assert Path(document["checkpoint"]).is_file()
     assert document["metrics"]["n_steps"] == 4
     assert (tmp_path / "out" / "losses.csv").is_file()
@@ -492,19 +478,9 @@ def test_train_prints_its_contract_and_goes_on_in_its_folder(session, tmp_path):
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_two_ray_workers_train_together(session, tmp_path):
+def test_two_ray_workers_train_together(session, tmp_path, run_job):
     path = write_config(tmp_path, session, workers=2)
-    finished = subprocess.run(
-        [sys.executable, "-m", "actors.jobs.cryogem", str(path), "--out", str(tmp_path / "shared")],
-        cwd=_ROOT,
-        env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr[-2000:]
-    document = json.loads(finished.stdout)
+    document = run_job("cryogem", path, tmp_path / "shared")
     assert document["metrics"]["n_steps"] == 4
     losses = (tmp_path / "shared" / "losses.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in losses] == ["step", "0", "2"]

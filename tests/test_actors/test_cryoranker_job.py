@@ -1,9 +1,5 @@
 """Training as a Ray job."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +9,7 @@ _ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.ray
-def test_training_job_prints_one_document_and_leaves_a_checkpoint(tmp_path):
+def test_training_job_prints_one_document_and_leaves_a_checkpoint(tmp_path, run_job):
     config = {
         "size": "nano",
         "model": {"input_size_px": 32, "patch_size_px": 16, "depth": 1},
@@ -32,17 +28,6 @@ def test_training_job_prints_one_document_and_leaves_a_checkpoint(tmp_path):
     }
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(config))
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    finished = subprocess.run(
-        [sys.executable, "-m", "actors.jobs.cryoranker", str(path), "--out", str(tmp_path / "out")],
-        cwd=_ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr[-2000:]
-    document = json.loads(finished.stdout)
+    document = run_job("cryoranker", path, tmp_path / "out")
     assert Path(document["checkpoint"]).is_file()
     assert 0.0 <= document["metrics"]["auc"] <= 1.0

@@ -238,21 +238,10 @@ def test_the_seed_of_the_command_line_counts(tmp_path):
 
 
 @pytest.mark.ray
-def test_two_workers_train_as_one_does(tmp_path):
+def test_two_workers_train_as_one_does(tmp_path, run_job):
     alone = run_training(read_job(configuration(tmp_path)), tmp_path / "alone")
     path = configuration(tmp_path / "two", workers=2)
-    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    finished = subprocess.run(
-        [sys.executable, "-m", "actors.jobs.cryo_ief", str(path), "--out", str(tmp_path / "shared")],
-        cwd=_ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr[-2000:]
-    document = json.loads(finished.stdout)
+    document = run_job("cryo_ief", path, tmp_path / "shared")
     assert document["n_steps"] == alone["n_steps"]
     curves = [json.loads((tmp_path / name / "curve.json").read_text()) for name in ("alone", "shared")]
     # The same losses up to the order of sums, which AdamW's first steps magnify.
