@@ -3,7 +3,8 @@
 Every set is made of the same virtual specimens, poses, CTFs and ice maps; what differs is the noise. The reference is the
 bank's held-out micrographs. Baselines at the paper's ratio have the paper's physics, whatever contrast the training fitted;
 those with fitted noise have the training's. `real` compares them with as many training micrographs, which is the floor that no set can
-be expected to beat.
+be expected to beat. Where few micrographs are held out, more frames than that are made: with 36 patches the Fréchet distance
+of one set moved between 18 and 8 from one draw of specimens to the next.
 """
 
 from __future__ import annotations
@@ -46,12 +47,15 @@ from stream.store.files import replacing
 
 _PATCH_PER_DIAMETER = 1.5
 _PANEL_PX = 256
+
+MIN_PATCHES = 360
+"""Of every made set; micrographs that are held out are as many as there are."""
 _PANEL = ("real", "physics", "gaussian")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """Distances to the held-out micrographs by set; how many micrographs and patches each has.
+    """Distances to the held-out micrographs by set; how many micrographs and patches these are, and how many frames a made set has.
 
     `content` is the correlation of each made set with its noise-free micrographs; `features` says whose features the Fréchet
     distance is over.
@@ -61,6 +65,7 @@ class Evaluation:
     content: Mapping[str, float]
     n_micrographs: int
     n_patches: int
+    n_made: int
     patch_px: int
     features: str
 
@@ -89,6 +94,8 @@ def evaluate_trainings(
         2 * round(0.5 * _PATCH_PER_DIAMETER * bank.facts.diameter_angstrom / bank.facts.pixel_size_angstrom),
     )
     patch_px = min(patch_px, *bank.shape_yx)
+    per_frame = (bank.shape_yx[0] // patch_px) * (bank.shape_yx[1] // patch_px)
+    n_made = max(n, -(-MIN_PATCHES // per_frame))
     features, described = _features(inception)
     found: dict[str, Distances] = {}
     content: dict[str, float] = {}
@@ -107,7 +114,7 @@ def evaluate_trainings(
     for position, folder in enumerate(folders):
         network, physics = load_generator(folder / GENERATOR_FILE)
         stage = build_physics(bank, physics)
-        clean = _render(stage, n, seed)
+        clean = _render(stage, n_made, seed)
 
         def noisy(noise: Noise, images: Sequence[Tensor] = clean) -> list[Tensor]:
             return [noise(x, random_stream(seed, Purpose.GENERATION, i, 1)) for i, x in enumerate(images)]
@@ -115,7 +122,7 @@ def evaluate_trainings(
         if position == 0:
             measure("physics", noisy(make_noise("none", stage, network)), clean)
             papers = build_physics(bank, replace(physics, contrast="given"))
-            plain = clean if papers.settings == physics else _render(papers, n, seed)
+            plain = clean if papers.settings == physics else _render(papers, n_made, seed)
             fit, at_paper = fit_session_noise(stage), fit_session_noise(papers).at_snr(PAPER_SNR)
             for model in NOISE_MODELS:
                 measure(model, noisy(noise_by_formula(model, fit)), clean)
@@ -124,12 +131,12 @@ def evaluate_trainings(
         measure(folder.name, noisy(make_noise("cryogem", stage, network)), clean)
     if panel is not None:
         _write_panel(panel, [shown[name] for name in (*_PANEL, folders[0].name)])
-    n_patches = n * (bank.shape_yx[0] // patch_px) * (bank.shape_yx[1] // patch_px)
     return Evaluation(
         distances=found,
         content=content,
         n_micrographs=n,
-        n_patches=n_patches,
+        n_patches=n * per_frame,
+        n_made=n_made,
         patch_px=patch_px,
         features=described,
     )

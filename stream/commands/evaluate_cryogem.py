@@ -99,7 +99,9 @@ def evaluate_cryogem(
     if as_json:
         print_json(asdict(found))
         return
-    typer.echo(f"{found.n_micrographs} micrographs, {found.n_patches} patches of {found.patch_px} px")
+    typer.echo(
+        f"{found.n_micrographs} micrographs, {found.n_patches} patches of {found.patch_px} px; {found.n_made} frames a set"
+    )
     typer.echo(f"{'set':30}{'Fréchet x1000':>15}{'spectrum':>11}{'patches':>10}{'content':>10}")
     for name, d in found.distances.items():
         typer.echo(
