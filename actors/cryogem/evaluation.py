@@ -3,8 +3,7 @@
 Every set is made of the same virtual specimens, poses, CTFs and ice maps; what differs is the noise. The reference is the
 bank's held-out micrographs. Baselines at the paper's ratio have the paper's physics, whatever contrast the training fitted;
 those with fitted noise have the training's. `real` compares them with as many training micrographs, which is the floor that no set can
-be expected to beat. Where few micrographs are held out, more frames than that are made: with 36 patches the Fréchet distance
-of one set moved between 18 and 8 from one draw of specimens to the next.
+be expected to beat. Where few micrographs are held out, more frames than that are made (`frames_needed`).
 """
 
 from __future__ import annotations
@@ -34,7 +33,9 @@ from models.cryogem.evaluation import (
     Distances,
     Features,
     content_correlation,
+    frames_needed,
     measure_distances,
+    patch_side_px,
     ranker_features,
 )
 from models.cryogem.greys import levels_to_network_range
@@ -45,11 +46,7 @@ from models.cryogem.translation import load_generator
 from stream.records.errors import ConfigurationError, InputError
 from stream.store.files import replacing
 
-_PATCH_PER_DIAMETER = 1.5
 _PANEL_PX = 256
-
-MIN_PATCHES = 360
-"""Of every made set; micrographs that are held out are as many as there are."""
 _PANEL = ("real", "physics", "gaussian")
 
 
@@ -89,17 +86,12 @@ def evaluate_trainings(
     n = min(n_micrographs or bank.facts.n_held_out, bank.facts.n_held_out)
     real = [levels_to_network_range(x) for x in bank.held_out_micrographs[:n]]
     others = [levels_to_network_range(x) for x in bank.training_micrographs[:n]]
-    patch_px = max(
-        32,
-        2 * round(0.5 * _PATCH_PER_DIAMETER * bank.facts.diameter_angstrom / bank.facts.pixel_size_angstrom),
-    )
-    patch_px = min(patch_px, *bank.shape_yx)
-    per_frame = (bank.shape_yx[0] // patch_px) * (bank.shape_yx[1] // patch_px)
-    n_made = max(n, -(-MIN_PATCHES // per_frame))
+    diameter_px = bank.facts.diameter_angstrom / bank.facts.pixel_size_angstrom
+    patch_px = patch_side_px(diameter_px, bank.shape_yx)
+    n_made = max(n, frames_needed(patch_px, bank.shape_yx))
     features, described = _features(inception)
     found: dict[str, Distances] = {}
     content: dict[str, float] = {}
-    diameter_px = bank.facts.diameter_angstrom / bank.facts.pixel_size_angstrom
     shown: dict[str, Tensor] = {"real": real[0]}
 
     def measure(name: str, images: Sequence[Tensor], clean: Sequence[Tensor]) -> None:
@@ -135,7 +127,7 @@ def evaluate_trainings(
         distances=found,
         content=content,
         n_micrographs=n,
-        n_patches=n * per_frame,
+        n_patches=n * (bank.shape_yx[0] // patch_px) * (bank.shape_yx[1] // patch_px),
         n_made=n_made,
         patch_px=patch_px,
         features=described,

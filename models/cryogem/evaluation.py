@@ -25,6 +25,10 @@ Features = Callable[[NDArray[np.float32]], NDArray[np.floating]]
 
 _TILE_PX = 128
 _PATCH_SIDES_PX = (8, 32)
+_PATCH_PER_DIAMETER = 1.5
+
+MIN_PATCHES = 360
+"""Of a made set; real micrographs are as many as there are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +54,20 @@ def measure_distances(
         spectrum=spectrum_distance(real, made),
         patches=patch_distance(real, made),
     )
+
+
+def patch_side_px(diameter_px: float, shape_yx: tuple[int, int]) -> int:
+    """Return the side of the Fréchet distance's patches: one and a half particle diameters, even, within the frame."""
+    return min(max(32, 2 * round(0.5 * _PATCH_PER_DIAMETER * diameter_px)), *shape_yx)
+
+
+def frames_needed(side_px: int, shape_yx: tuple[int, int]) -> int:
+    """Return how many frames have `MIN_PATCHES` patches.
+
+    With 36 patches the Fréchet distance of one generator moved between 8 and 18 from one draw of specimens to the next.
+    """
+    per_frame = (shape_yx[0] // side_px) * (shape_yx[1] // side_px)
+    return -(-MIN_PATCHES // per_frame)
 
 
 def cut_patches(images: Sequence[Float[Tensor, "h w"]], side_px: int) -> NDArray[np.float32]:

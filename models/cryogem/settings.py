@@ -18,8 +18,9 @@ class TrainingSettings:
 
     An epoch is one pass over the rendered frames. `crop_px` is the side of the images trained on, cut from the frames at
     random; `precision` bf16 computes convolutions in bfloat16. `nce_form` "unguided" is the ablation without masks.
-    The network kept is that of the last validation, or of the one nearest to training micrographs in spectrum and patch
-    statistics (`keep`).
+    The network kept is that of the last validation, or of the one whose frames are nearest to training micrographs by the
+    Fréchet distance of the shipped ranker's features (`keep`). A validation makes `n_validated` frames, or as many as that
+    distance needs (`evaluation.frames_needed`).
     """
 
     seed: int = 0

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import csv
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,12 @@ import torch
 from PIL import Image
 
 from models.cryogem.bank import SessionBank
-from models.cryogem.evaluation import patch_distance, spectrum_distance
+from models.cryogem.evaluation import (
+    frames_needed,
+    measure_distances,
+    patch_side_px,
+    ranker_features,
+)
 from models.cryogem.greys import levels_to_network_range, to_network_range
 from models.cryogem.pairs import PairSource, Purpose, TrainingPair, random_stream, torch_stream
 from models.cryogem.physics import build_physics
@@ -33,7 +39,7 @@ from models.workers import Workers
 log = logging.getLogger(__name__)
 
 _VALIDATION_MICROGRAPHS = 8
-_FORMAT = "icestream-cryogem-training-1"
+_FORMAT = "icestream-cryogem-training-2"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +53,7 @@ class TrainingResult:
     sha256: str
     step: int
     n_steps: int
+    frechet_x1000: float
     spectrum_distance: float
     patch_distance: float
     n_skipped: int
@@ -151,6 +158,7 @@ class _Run:
             sha256=kept.sha256,
             step=int(kept.metadata["step"]),
             n_steps=self.settings.training.n_steps,
+            frechet_x1000=float(kept.metadata["frechet_x1000"]),
             spectrum_distance=float(kept.metadata["spectrum_distance"]),
             patch_distance=float(kept.metadata["patch_distance"]),
             n_skipped=self.source.n_skipped + self.n_without_labels,
@@ -166,23 +174,31 @@ class _Run:
     def _validate(self, pair: TrainingPair) -> dict[str, float]:
         """Measure translated frames against training micrographs; keep the network if it is to be kept."""
         training, stage = self.settings.training, self.source.stage
-        frames = (self.source.frame(index) for index in range(training.n_simulated))
+        facts, shape_yx = stage.bank.facts, stage.bank.shape_yx
+        patch_px = patch_side_px(facts.diameter_angstrom / facts.pixel_size_angstrom, shape_yx)
+        n_made = max(training.n_validated, frames_needed(patch_px, shape_yx))
+        frames = [
+            f for f in map(self.source.frame, range(min(n_made, training.n_simulated))) if f is not None
+        ]
         made = []
-        for index, rendered in enumerate(islice((f for f in frames if f is not None), training.n_validated)):
+        for index, rendered in enumerate(islice(cycle(frames), n_made)):
+            # A frame that comes again has another CTF, ice and noise.
             rng = random_stream(training.seed, Purpose.VALIDATION, index)
             seen = stage.image(rendered, stage.draw_imaging(rng))
             noisy = add_input_noise(seen, float(seen.mean()), stage, torch_stream(rng))
             made.append(translate(self.trainer.generator, noisy))
         # Not the held-out ones: a generator that was chosen by them could not be judged by them.
         real = [levels_to_network_range(x) for x in stage.bank.training_micrographs[:_VALIDATION_MICROGRAPHS]]
+        distances = measure_distances(real, made, ranker_features(), patch_px=patch_px)
         found = {
-            "spectrum_distance": spectrum_distance(real, made),
-            "patch_distance": patch_distance(real, made),
+            "frechet_x1000": distances.frechet_x1000,
+            "spectrum_distance": distances.spectrum,
+            "patch_distance": distances.patches,
         }
         self._validation.append({"step": float(self.next_step - 1), **found})
-        total = sum(found.values())
-        if training.keep == "last" or total < self.best.get("total", float("inf")):
-            self.best = {**found, "total": total}
+        nearest = self.best.get("frechet_x1000", math.inf)
+        if training.keep == "last" or distances.frechet_x1000 < nearest:
+            self.best = found
             extra = {"step": self.next_step, **found, "settings": plain_settings(self.settings)}
             save_generator(
                 self.folder / "generator.safetensors", self.trainer.generator, self.settings.physics, extra

@@ -176,12 +176,13 @@ def _train(folder: Path, config: TrainConfig, arm: str, seed: int, deadline: flo
 
 def _judge(folder: Path, arms: tuple[str, ...], seed: int) -> None:
     """Measure a seed's trainings unless it was done with these very generators and features."""
-    from actors.cryogem.evaluation import MIN_PATCHES, evaluate_trainings
+    from actors.cryogem.evaluation import evaluate_trainings
+    from models.cryogem.evaluation import MIN_PATCHES
     from models.cryoranker.serve import DEFAULT_MODEL
     from models.weights import sha256_of_file
 
     trainings = [folder / f"{arm}-{seed}" for arm in arms]
-    key = {
+    key: dict[str, Any] = {
         "generators": [sha256_of_file(t / "generator.safetensors") for t in trainings],
         "features": sha256_of_file(DEFAULT_MODEL),
         "min_patches": MIN_PATCHES,
