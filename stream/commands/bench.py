@@ -47,7 +47,7 @@ def bench(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Rerun one benchmark; convergence, cryogem, engine, honesty, junk and views keep what they did in --folder and go on from there."""
+    """Rerun one benchmark; convergence, cryogem, engine, honesty, incremental, junk and views keep what they did in --folder and go on from there."""
     if name not in (*BENCHMARKS, *LONG_BENCHMARKS):
         known = ", ".join((*BENCHMARKS, *LONG_BENCHMARKS))
         raise ConfigurationError("bench", f"a benchmark is one of {known}", name)
