@@ -53,12 +53,13 @@ def folder(session, tmp_path) -> Path:
     return tmp_path
 
 
-def test_the_shipped_configuration_is_small_and_begins_as_the_identity():
+@pytest.mark.parametrize(("name", "n_steps"), [("bench.yaml", 1000), ("fields.yaml", 3000)])
+def test_the_shipped_configurations_are_small_and_begin_as_the_identity(name, n_steps):
     import models.cryogem
 
-    config = read_train_config(Path(models.cryogem.__file__).with_name("bench.yaml"))
+    config = read_train_config(Path(models.cryogem.__file__).with_name(name))
     assert config.networks.output == "change"
-    assert config.training.n_steps == 1000
+    assert config.training.n_steps == n_steps
     assert NetworkSettings().output == "image"
 
 
